@@ -1,0 +1,83 @@
+"""What Megatron-Core needs in order to run where there is no CUDA.
+
+Megatron-Core asks torch.cuda for devices, streams and generators in a few places that a CPU run passes
+through (data-parallel buffers, point-to-point communication, gradient clipping, checkpoints).
+`install` answers those calls for the CPU. On a machine with CUDA it does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_FACTORIES = {torch.tensor, torch.zeros, torch.ones, torch.empty, torch.full}
+_TENSOR_TYPE = torch.Tensor.type
+
+_installed = False
+
+
+class _FactoriesOnCpu(TorchFunctionMode):
+    """Send `device="cuda"` literals of tensor factories to the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func in _FACTORIES and "cuda" in str(kwargs.get("device", "")):
+            kwargs = {**kwargs, "device": _CPU}
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _type_name_as_cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.type()` without arguments names CUDA types, which Megatron's optimizers assert."""
+    if args or kwargs:
+        return _TENSOR_TYPE(tensor, *args, **kwargs)
+    # Under a TorchFunctionMode the call comes back here once more, by name.
+    return "torch.cuda." + _TENSOR_TYPE(tensor).removeprefix("torch.").removeprefix("cuda.")
+
+
+def install() -> bool:
+    """Make the torch.cuda calls of Megatron-Core work on the CPU; call it before building a model.
+
+    Returns:
+        True when the CPU is the compute device, False (and nothing changed) when CUDA is present.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if _installed:
+        return True
+
+    def set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    def get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Any:
+        return torch.get_rng_state()
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = lambda device=None: None
+    cuda.current_stream = lambda device=None: _Stream()
+    cuda.get_rng_state = get_rng_state
+    cuda.manual_seed = torch.manual_seed
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
+    torch.Tensor.type = _type_name_as_cuda  # type: ignore[method-assign, assignment]
+    _FactoriesOnCpu().__enter__()
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = get_rng_state
+    megatron_random._set_cuda_rng_state = set_rng_state
+    _installed = True
+    return True

@@ -1,0 +1,138 @@
+"""Running a model over a batch through the pipeline: with a cache, without gradient, with gradient.
+
+Shapes: B sequences, T positions, N packed tokens, H hidden size, U this rank's vocabulary shard.
+Megatron's own order for activations is [T, B, H]; packed inference uses B = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from trb_megatron.batch import Microbatch
+from trb_megatron.distributed import ParallelLayout
+from trb_megatron.kv_cache import PagedKVCache, RaggedBatch
+from trb_megatron.models import HiddenStateGPTModel
+
+LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
+"""(gathered hidden states at the loss positions [N, H], microbatch) -> (sum of the loss, metrics)."""
+
+
+@torch.no_grad()
+def forward_cached(
+    model: HiddenStateGPTModel,
+    cache: PagedKVCache,
+    batch: RaggedBatch,
+    tokens_N: Tensor,
+    layout: ParallelLayout,
+) -> Tensor | None:
+    """Run new tokens through all pipeline stages, reading and growing the cache.
+
+    Every rank of a model replica calls it with the same batch. Activations travel by point-to-point
+    sends over the pipeline group.
+
+    Args:
+        tokens_N: packed token ids, `batch.num_tokens` of them.
+
+    Returns:
+        Final hidden states [N, H] of the unpadded tokens on the last stage, None elsewhere.
+    """
+    cache.batch = batch
+    padded = batch.positions_N.numel()
+    if not layout.is_first_stage:
+        rows = padded // (layout.tp_size if model.config.sequence_parallel else 1)
+        received = torch.empty(
+            rows, 1, model.config.hidden_size, dtype=model.config.params_dtype, device=layout.device
+        )
+        dist.recv(received, src=layout.stage_ranks[layout.pp_rank - 1], group=layout.pp_group)
+        model.set_input_tensor(received)
+    tokens_1N = torch.nn.functional.pad(tokens_N, (0, padded - tokens_N.numel()))[None]
+    hidden_N1H = model(tokens_1N, batch.positions_N[None], None, inference_context=cache)
+    if not layout.is_last_stage:
+        dist.send(hidden_N1H, dst=layout.stage_ranks[layout.pp_rank + 1], group=layout.pp_group)
+        return None
+    return model.gather_hidden(hidden_N1H)[: batch.num_tokens, 0]
+
+
+def _forward_microbatch(model: Any, microbatch: Microbatch) -> Tensor:
+    return model(microbatch.tokens_BT, microbatch.positions_BT, None)
+
+
+def _loss_hidden(model: HiddenStateGPTModel, hidden: Tensor, microbatch: Microbatch) -> Tensor:
+    """Hidden states at the loss positions [N, H], sequences in order."""
+    hidden_BTH = model.gather_hidden(hidden).transpose(0, 1)
+    return hidden_BTH[microbatch.loss_mask_BT]
+
+
+def forward_hidden(model: HiddenStateGPTModel, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+    """Final hidden states at the loss positions of each microbatch, without gradient.
+
+    Collective over the model replica (Megatron's forward-only schedule).
+
+    Returns:
+        One [N, H] per microbatch on the last stage, replicated over tensor-parallel ranks; an empty
+        list on other stages.
+    """
+
+    def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+        microbatch = next(iterator)
+
+        def keep(hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+            return _loss_hidden(model, hidden, microbatch)
+
+        return _forward_microbatch(model, microbatch), keep
+
+    with torch.no_grad():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(microbatches),
+            model=[model],
+            num_microbatches=len(microbatches),
+            seq_length=microbatches[0].tokens_BT.shape[1],
+            micro_batch_size=microbatches[0].tokens_BT.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+
+def forward_backward(
+    model: Any, microbatches: Sequence[Microbatch], loss_function: LossFunction
+) -> list[dict[str, Tensor]]:
+    """Forward and backward over all microbatches, gradients summed and divided by the global count.
+
+    Collective over all ranks. The loss function returns a sum over its tokens; Megatron divides the
+    gradients by the number of loss tokens of the global batch (`calculate_per_token_loss`), so the
+    result does not depend on microbatches, data parallelism or padding.
+
+    Args:
+        model: the student in Megatron's DistributedDataParallel.
+
+    Returns:
+        The metrics of each microbatch on the last stage, an empty list on other stages.
+    """
+
+    def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+        microbatch = next(iterator)
+
+        def loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            inner = unwrap_model(model)
+            loss_sum, metrics = loss_function(_loss_hidden(inner, hidden, microbatch), microbatch)
+            num_tokens = microbatch.loss_mask_BT.sum().to(torch.int)
+            return loss_sum, num_tokens, metrics
+
+        return _forward_microbatch(model, microbatch), loss
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(microbatches),
+        model=[model],
+        num_microbatches=len(microbatches),
+        seq_length=microbatches[0].tokens_BT.shape[1],
+        micro_batch_size=microbatches[0].tokens_BT.shape[0],
+    )
