@@ -1,0 +1,196 @@
+"""One short run of the real system, repeated at several parallel layouts.
+
+What must not depend on the layout is measured here once per layout, on real ranks, and compared by
+the tests of the modules concerned (`test_models`, `test_rollout`, `test_trainer`, `test_hf_weights`).
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed import run_distributed
+from tests.tiny import IM_END, make_checkpoint, make_prompts
+
+STEPS = 3
+PROBE_RESPONSES = ((9, 4, 30, 0), (5,), (11, 12, 13, 14, 15, 16, 17), (3, 8, 0))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a probe runs; `overrides` change the configuration besides."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        return f"tp{self.tp}-pp{self.pp}-dp{self.dp}" + "".join(f"-{o}" for o in self.overrides)
+
+
+ONE_RANK = Layout()
+LAYOUTS = (
+    ONE_RANK,
+    Layout(tp=2, overrides=("rollout.max_sequences=3", "rollout.max_prefill_tokens=20")),
+    Layout(pp=2, overrides=("training.max_tokens_per_microbatch=64",)),
+    Layout(dp=2, overrides=("optimizer.distributed=false",)),
+    Layout(tp=2, pp=2, overrides=("parallel.sequence_parallel=true",)),
+)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What one layout produced, as seen by rank 0 and the leaders."""
+
+    logits: dict[str, list[torch.Tensor]]
+    """Logits [len(response), vocabulary] of each probe sequence: of "student" and "teacher" before
+    training, and of the "trained" student after it."""
+    rollouts: dict[str, list[dict[str, Any]]]
+    """policy -> rollouts as plain data, ordered by request."""
+    metrics: list[dict[str, float]]
+    """of each training step."""
+    teacher_calls: list[int]
+    """teacher forward passes in the rollouts of each training step, summed over replicas."""
+    export: Path = field(default=Path())
+
+
+def write_inputs(folder: Path) -> Path:
+    """Two checkpoints of different depth, width, vocabulary rows and stop ids, and prompts."""
+    make_checkpoint(folder / "student", num_layers=3)
+    make_checkpoint(
+        folder / "teacher",
+        seed=1,
+        num_layers=5,
+        hidden_size=48,
+        vocab_size=72,
+        tied=False,
+        eos_token_id=[IM_END, 0],
+    )
+    make_prompts(folder / "prompts.jsonl")
+    (folder / "config.yaml").write_text(
+        f"""
+run: {{dir: {folder}/run}}
+student: {{path: {folder}/student}}
+teacher: {{path: {folder}/teacher}}
+data: {{path: {folder}/prompts.jsonl, system_prompt: null, max_prompt_tokens: 48}}
+training: {{steps: {STEPS}, prompts_per_step: 4, precision: fp32, max_tokens_per_microbatch: 200}}
+rollout: {{rollouts_per_prompt: 2, max_response_tokens: 12, max_sequences: 16, page_tokens: 8}}
+behavior: {{kl_budget: 0.05, warmup_steps: 2}}
+optimizer: {{lr: 1.0e-3, warmup_steps: 2}}
+evaluation: {{at_start: false, at_end: false, every: 100, max_response_tokens: 16}}
+logging: {{tensorboard: false}}
+"""
+    )
+    return folder / "config.yaml"
+
+
+def probe(config_file: Path, layout: Layout) -> ProbeResult:
+    """Run a layout on its own ranks."""
+    results = run_distributed(
+        _probe_rank, layout.world_size, config_file, layout, timeout_s=240
+    )
+    return results[0]
+
+
+def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
+    from trb_megatron import distributed
+    from trb_megatron.config import load_config
+
+    export = config_file.parent / f"run-{layout}"
+    config = load_config(
+        config_file,
+        [
+            f"run.dir={export}",
+            f"parallel.tensor_model_parallel_size={layout.tp}",
+            f"parallel.pipeline_model_parallel_size={layout.pp}",
+            *layout.overrides,
+        ],
+    )
+    parallel = distributed.initialize(config.parallel)
+
+    from trb_megatron.evaluate import start_reward_workers
+    from trb_megatron.trainer import Trainer
+
+    with start_reward_workers(config.rewards, parallel) as rewards:
+        trainer = Trainer(config, parallel, rewards)
+        logits = {
+            "student": _probe_logits(trainer.models.student, trainer),
+            "teacher": _probe_logits(trainer.models.teacher, trainer),
+        }
+        rollouts = {name: _probe_rollouts(trainer, name) for name in ("student", "blend", "greedy")}
+        metrics, teacher_calls = [], []
+        for _ in range(STEPS):
+            before = trainer.engine.num_teacher_calls
+            metrics.append(trainer.train_step())
+            calls = distributed.gather_from_leaders(
+                trainer.engine.num_teacher_calls - before, parallel
+            )
+            teacher_calls.append(sum(calls))
+        logits["trained"] = _probe_logits(trainer.models.student, trainer)
+        from trb_megatron.hf_weights import save_hf_checkpoint
+
+        save_hf_checkpoint(
+            trainer.models.student, trainer.models.student_config, parallel, export / "hf"
+        )
+    return ProbeResult(logits, rollouts, metrics, teacher_calls, export / "hf")
+
+
+def _prompt(trainer: Any, index: int) -> tuple[int, ...]:
+    return trainer.prompt_set.prompts[index].token_ids
+
+
+def _probe_logits(model: Any, trainer: Any) -> list[torch.Tensor]:
+    """Full-vocabulary logits at the loss positions; only a test may gather them."""
+    from trb_megatron.batch import Rollout, build_microbatches
+    from trb_megatron.distributed import gather_from_leaders
+    from trb_megatron.forward import forward_hidden
+    from trb_megatron.models import token_multiple
+
+    layout = trainer.layout
+    rollouts = [
+        Rollout(i, 0, _prompt(trainer, i), response, stopped=True)
+        for i, response in enumerate(PROBE_RESPONSES)
+    ]
+    microbatches = build_microbatches(rollouts, 70, layout.device, token_multiple(model.config))
+    logits: list[torch.Tensor] = []
+    model.eval()
+    for hidden_NH in forward_hidden(model, microbatches):
+        shard_NU = model.project(hidden_NH).detach()
+        shards = [torch.empty_like(shard_NU) for _ in range(layout.tp_size)]
+        dist.all_gather(shards, shard_NU, group=layout.tp_group)
+        logits.append(torch.cat(shards, dim=-1))
+    (logits, *_) = gather_from_leaders(logits, layout)
+    by_length = sorted(rollouts, key=len, reverse=True)
+    rows = torch.cat(logits).split([len(r.response_ids) for r in by_length])
+    return [rows[by_length.index(rollout)] for rollout in rollouts]
+
+
+def _probe_rollouts(trainer: Any, policy_name: str) -> list[dict[str, Any]]:
+    from trb_megatron.distributed import gather_from_leaders
+    from trb_megatron.rollout import Request, Sampling, StudentPolicy
+
+    layout, models = trainer.layout, trainer.models
+    sampling = Sampling(
+        temperature=0.0 if policy_name == "greedy" else 1.0,
+        max_response_tokens=12,
+        stop_ids=models.student_stop_ids,
+        seed=7,
+        step=0,
+        num_valid=models.tokenizer_size,
+    )
+    if policy_name == "greedy":
+        policy: Any = StudentPolicy(sampling, layout.tp_group)
+    else:
+        policy = trainer._policy(sampling, 0.05 if policy_name == "blend" else 0.0)
+    requests = [Request(i, r, _prompt(trainer, i)) for i in range(8) for r in range(3)]
+    share = requests[layout.dp_rank :: layout.dp_size]
+    found = [asdict(rollout) for rollout in trainer.engine.generate(share, policy, sampling)]
+    everything = [row for rows in gather_from_leaders(found, layout) for row in rows]
+    return sorted(everything, key=lambda row: (row["prompt_index"], row["rollout_index"]))

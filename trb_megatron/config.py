@@ -1,0 +1,560 @@
+"""The whole configuration of a run: every option, its default, and what cannot be combined.
+
+A configuration is one YAML file plus `section.key=value` overrides. `load_config` checks all of it
+before anything else starts, and `save_config` writes the resolved result into the run folder.
+Relative paths are relative to the current directory.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+MATH_SYSTEM_PROMPT = (
+    "Please reason step by step, and put your final answer within \\boxed{}."  # arXiv 2605.31159
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the keys and the fix."""
+
+
+def _refuse_empty_path(value: Any) -> Any:
+    if value == "":
+        raise ValueError("an empty path; name a file or folder")  # Path("") would be the cwd
+    return value
+
+
+def _refuse_duplicates(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("the same number is listed twice")
+    return values
+
+
+# Numbers and flags are strict: `steps: true` or `distributed: 1` is a mistake, not a number.
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountFromZero = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+OpenFraction = Annotated[float, Field(strict=True, gt=0, lt=1)]
+Momentum = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+ConfigPath = Annotated[Path, BeforeValidator(_refuse_empty_path), AfterValidator(Path.expanduser)]
+# A set's name becomes part of metric names and of override keys.
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+LossName = Literal[
+    "reverse_kl_topk",
+    "reverse_kl_topk_policy_gradient",
+    "reverse_kl_full",
+    "reverse_kl_sampled",
+    "forward_kl_full",
+    "jsd",
+    "veto",
+    "cross_entropy",
+]
+
+
+class Section(BaseModel):
+    """A group of options: unknown keys are refused, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and which random numbers it draws."""
+
+    dir: ConfigPath
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
+
+
+class ModelConfig(Section):
+    """A model as a Hugging Face checkpoint folder."""
+
+    path: ConfigPath
+
+
+class ParallelConfig(Section):
+    """How both models are spread over the ranks."""
+
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
+    sequence_parallel: Flag = False
+    timeout_minutes: Positive = 30.0  # of every collective
+
+
+class DataConfig(Section):
+    """The training prompts."""
+
+    path: ConfigPath
+    format: Literal["auto", "jsonl", "parquet", "hf"] = "auto"
+    prompt_column: Name = "prompt"
+    answer_column: Name | None = "answer"  # null: no rewards during training
+    response_column: Name | None = None  # what supervised training imitates
+    system_prompt: str | None = MATH_SYSTEM_PROMPT
+    apply_chat_template: Flag = True
+    max_prompt_tokens: Count = 1024  # longer prompts are dropped and counted
+    shuffle: Flag = True
+
+
+class TrainingConfig(Section):
+    """What is trained, for how long, and how it is fitted into memory."""
+
+    task: Literal["distill", "supervised"] = "distill"
+    steps: Count = 400
+    prompts_per_step: Count = 64
+    precision: Literal["fp32", "bf16"] = "bf16"
+    max_tokens_per_microbatch: Count = 16384
+    recompute_activations: Flag = False
+
+
+class RolloutConfig(Section):
+    """How responses are sampled during training."""
+
+    rollouts_per_prompt: Count = 4
+    max_response_tokens: Count = 7168
+    temperature: NonNegative = 1.0  # 0: greedy
+    # null: the stop ids of each model's generation_config.json or config.json
+    stop_ids: (
+        Annotated[
+            tuple[CountFromZero, ...], Field(min_length=1), AfterValidator(_refuse_duplicates)
+        ]
+        | None
+    ) = None
+    max_sequences: Count = 256  # cache slots of one data-parallel rank
+    page_tokens: Count = 64  # tokens of one page of the key/value cache
+    max_prefill_tokens: Count = 16384  # prompt tokens of one forward pass
+
+
+class BehaviorConfig(Section):
+    """The trust region: how far, and for how long, rollouts may leave the student."""
+
+    kl_budget: NonNegative = 0.01  # nats per token at step 0; 0: plain on-policy distillation
+    warmup_steps: CountFromZero = 50  # the budget is 0 from this step on
+    schedule: Literal["linear", "constant"] = "linear"
+
+
+class LossConfig(Section):
+    """The training loss and its parameters (names as in `trb_megatron.loss`)."""
+
+    name: LossName = "reverse_kl_topk"
+    top_k: Count = 16
+    temperature: Positive = 1.0
+    jsd_weight: OpenFraction = 0.5  # of the teacher in the mixture; 0 and 1 give zero loss
+    veto_coef: Fraction = 0.0  # at step 0; decays linearly to 0 over the run
+
+
+class OptimizerConfig(Section):
+    """AdamW with a cosine warmup, then a constant learning rate."""
+
+    lr: Positive = 1e-5
+    beta1: Momentum = 0.9
+    beta2: Momentum = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    clip_grad: NonNegative = 1.0  # largest global gradient norm; 0: no clipping
+    warmup_steps: CountFromZero = 15
+    distributed: Flag = True  # optimizer state sharded over data-parallel ranks
+
+
+class CheckpointConfig(Section):
+    """How often the run is saved, how many saves stay, and whether it ends in an export."""
+
+    every: Count = 50
+    keep: Count = 2
+    export_hf: Flag = True
+
+
+class EvaluationSet(Section):
+    """One file of problems with known answers."""
+
+    path: ConfigPath
+    prompt_column: Name = "prompt"
+    answer_column: Name = "answer"
+    limit: Count | None = None  # the first so many problems; null: all
+
+
+class EvaluationConfig(Section):
+    """When and how the student's answers are graded."""
+
+    sets: dict[SetName, EvaluationSet] = {}
+    every: Count = 20
+    at_start: Flag = True
+    at_end: Flag = True
+    samples: Count = 1  # responses per problem
+    pass_at: Annotated[
+        tuple[Count, ...], Field(min_length=1), AfterValidator(_refuse_duplicates)
+    ] = (1,)
+    temperature: NonNegative = 1.0  # 0: greedy
+    max_response_tokens: Count = 8192
+
+
+class RewardsConfig(Section):
+    """The processes that grade answers."""
+
+    workers: Count = 2
+    timeout_s: Positive = 10.0  # for one answer
+
+
+class LoggingConfig(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: Flag = True
+    wandb_project: Name | None = None
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    run: RunConfig
+    student: ModelConfig
+    teacher: ModelConfig | None = None
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    behavior: BehaviorConfig = BehaviorConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _refuse_impossible_combinations(self) -> "Config":
+        problems = list(_find_conflicts(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+# ---------------------------------------------------------------- what cannot be combined
+
+
+def _find_conflicts(config: Config) -> Iterator[str]:
+    if config.training.task == "distill":
+        yield from _find_distillation_conflicts(config)
+    else:
+        yield from _find_supervised_conflicts(config)
+    yield from _find_general_conflicts(config)
+
+
+def _find_distillation_conflicts(config: Config) -> Iterator[str]:
+    behavior = config.behavior
+    if config.teacher is None:
+        yield "teacher.path: training.task=distill needs a teacher; set teacher.path"
+    if config.loss.name == "cross_entropy":
+        yield (
+            "loss.name: cross_entropy does not use the teacher; choose another loss or set "
+            "training.task=supervised"
+        )
+    if behavior.kl_budget > 0 and behavior.warmup_steps == 0:
+        yield (
+            f"behavior.kl_budget: {behavior.kl_budget} is never used with behavior.warmup_steps=0; "
+            "set behavior.warmup_steps to at least 1, or behavior.kl_budget=0"
+        )
+    if behavior.kl_budget > 0 and config.rollout.temperature == 0:
+        yield (
+            "rollout.temperature: 0 (greedy) leaves no distribution to blend; set it above 0, or "
+            "behavior.kl_budget=0"
+        )
+
+
+def _find_supervised_conflicts(config: Config) -> Iterator[str]:
+    if config.loss.name != "cross_entropy":
+        yield (
+            f"loss.name: {config.loss.name} needs a teacher's distribution; with "
+            "training.task=supervised set loss.name=cross_entropy"
+        )
+    if config.data.response_column is None:
+        yield (
+            "data.response_column: training.task=supervised needs responses to imitate; name the "
+            "column that holds them"
+        )
+
+
+def _find_general_conflicts(config: Config) -> Iterator[str]:
+    parallel, data, loss, evaluation = config.parallel, config.data, config.loss, config.evaluation
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield (
+            "parallel.sequence_parallel: there is nothing to split with "
+            "parallel.tensor_model_parallel_size=1; set it above 1, or "
+            "parallel.sequence_parallel=false"
+        )
+    if data.system_prompt is not None and not data.apply_chat_template:
+        yield (
+            "data.system_prompt: only a chat template says where it belongs; set "
+            "data.system_prompt=null, or data.apply_chat_template=true"
+        )
+    if loss.veto_coef > 0 and loss.name != "veto":
+        yield (
+            f"loss.veto_coef: {loss.name} does not use it; set loss.name=veto, or loss.veto_coef=0"
+        )
+    if max(evaluation.pass_at) > evaluation.samples:
+        yield (
+            f"evaluation.pass_at: pass@{max(evaluation.pass_at)} needs as many samples; set "
+            f"evaluation.samples (now {evaluation.samples}) to at least {max(evaluation.pass_at)}"
+        )
+    if evaluation.temperature == 0 and evaluation.samples > 1:
+        yield (
+            "evaluation.samples: at evaluation.temperature=0 all samples are the same; set "
+            "evaluation.samples=1, or a temperature above 0"
+        )
+
+
+def config_warnings(config: Config) -> list[str]:
+    """Say what is allowed but probably not meant, one line each, for the start-up report."""
+    warnings = []
+    teacher = config.teacher
+    if teacher is not None and teacher.path.resolve() == config.student.path.resolve():
+        warnings.append(
+            f"student.path and teacher.path are the same ({teacher.path}): the loss starts at zero"
+        )
+    return warnings
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+    """Check that the ranks can be divided into whole model replicas.
+
+    Raises ConfigError when tensor x pipeline parallel size does not divide `world_size`.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp) != 0:
+        raise ConfigError(
+            f"{world_size} ranks cannot be divided into replicas of "
+            f"parallel.tensor_model_parallel_size={tp} x "
+            f"parallel.pipeline_model_parallel_size={pp} = {tp * pp} ranks; start a multiple of "
+            f"{tp * pp} ranks or change these keys"
+        )
+
+
+# ---------------------------------------------------------------- reading and writing
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and reads 1e-5 as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key_node, yaml.ScalarNode):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides in order, and check the result.
+
+    Override values have YAML syntax. Raises ConfigError naming the file and the line of broken
+    YAML, or every unknown key, wrong value and impossible combination.
+    """
+    values = _read_yaml(Path(path))
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_config(values, source=f"{path} and overrides" if overrides else str(path))
+
+
+def parse_config(values: dict[str, Any], source: str = "configuration") -> Config:
+    """Check nested plain values and build the configuration; `source` names them in errors.
+
+    Raises ConfigError with one line for each unknown key, wrong value or impossible combination.
+    """
+    # A section whose keys are all commented out reads as null: it has its defaults.
+    present = {name: section for name, section in values.items() if section is not None}
+    try:
+        return Config.model_validate(present)
+    except ValidationError as error:
+        lines = [_describe(detail) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n  ".join([f"{source}:", *lines])) from None
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back equal.
+
+    The file is complete or absent: it is written beside its place and renamed.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.partial")
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        values = _parse_yaml(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not valid UTF-8; save the file as UTF-8") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}:{error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections such as `run:` at the top level")
+    return values
+
+
+def _parse_yaml(text: str) -> Any:
+    """Parse one YAML document; the ConfigError of broken YAML starts with the line number."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark is not None else 1
+        raise ConfigError(f"{line}: broken YAML: {error.problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise ConfigError(f"{line}: broken YAML: {error.reason}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    try:
+        value = _parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: the value's line {error}") from None
+    section = values
+    for depth, key in enumerate(keys[:-1]):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section"
+            )
+    section[keys[-1]] = value
+
+
+def _describe(detail: Any) -> str:
+    """Turn one pydantic error into a line with the key, what is wrong and what to do."""
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: unknown key; did you mean {_nearest_key(key)}?"
+    if detail["type"] == "missing":
+        return f"{key}: required, but not given"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not key:  # a conflict between sections names its keys itself
+        return message.replace("\n", "\n  ")
+    return f"{key}: {message[0].lower()}{message[1:]} (now {detail['input']!r})"
+
+
+def _nearest_key(unknown: str) -> str:
+    def similarity(known: str) -> float:
+        whole = difflib.SequenceMatcher(None, unknown, known).ratio()
+        leaf = difflib.SequenceMatcher(None, unknown.split(".")[-1], known.split(".")[-1]).ratio()
+        return whole + leaf  # a right key in the wrong section has the right leaf
+
+    return max(_key_names(Config), key=similarity)
+
+
+def _key_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        key = prefix + name
+        yield key
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                in_dict = get_origin(field.annotation) is dict
+                yield from _key_names(candidate, f"{key}.NAME." if in_dict else f"{key}.")
+
+
+# ---------------------------------------------------------------- is this the same run?
+
+# What may change between a run and its resume: none of it alters what the next step computes
+# (except by rounding, for another layout).
+_MAY_CHANGE = (
+    "run.dir",
+    "parallel",
+    "training.steps",
+    "training.max_tokens_per_microbatch",
+    "rollout.max_sequences",
+    "rollout.page_tokens",
+    "rollout.max_prefill_tokens",
+    "checkpoint",
+    "evaluation",
+    "rewards",
+    "logging",
+)
+
+
+def config_fingerprint(config: Config) -> str:
+    """Hash everything that must not change between a run and its resume."""
+    canonical = json.dumps(_fixed_values(config), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def fingerprint_difference(saved: Config, now: Config) -> list[str]:
+    """Name the keys, with both values, because of which two configurations are different runs.
+
+    Empty exactly when the fingerprints are equal.
+    """
+    before, after = _fixed_values(saved), _fixed_values(now)
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        f"{name}: saved {before.get(name)!r}, now {after.get(name)!r}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _fixed_values(config: Config) -> dict[str, Any]:
+    flat = {}
+    for section, options in config.model_dump(mode="json").items():
+        for key, value in (options or {}).items():
+            if section not in _MAY_CHANGE and f"{section}.{key}" not in _MAY_CHANGE:
+                flat[f"{section}.{key}"] = value
+    return flat
+
+
+def git_commit() -> str | None:
+    """The commit this package's source was checked out at, with "-dirty" if it was changed since.
+
+    None when the package does not run from its own git checkout.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed, perhaps inside somebody else's repository
+        return None
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(root), *describe]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

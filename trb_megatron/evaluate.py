@@ -1,0 +1,184 @@
+"""pass@1 and pass@k of a student over problem files, by the engine and rewards of training.
+
+    torchrun --nproc-per-node 2 -m trb_megatron.evaluate CONFIG.yaml [section.key=value ...]
+
+evaluates `student.path` on every file of `evaluation.sets`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from trb_megatron import distributed
+from trb_megatron.config import Config, RewardsConfig, load_config
+from trb_megatron.distributed import ParallelLayout, gather_from_leaders
+from trb_megatron.model_pair import ModelPair
+from trb_megatron.prompts import PromptSet, load_prompts
+from trb_megatron.rewards import RewardWorkers
+from trb_megatron.rollout import Request, RolloutEngine, Sampling, StudentPolicy
+
+EVALUATION_STEP = -1
+"""The step that keys an evaluation's random numbers: the same at every evaluation of a run, so that
+differences between two of them are the student's."""
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right (Chen et al., arXiv 2107.03374).
+
+    1 - C(n - c, k) / C(n, k) for c right answers among n samples; for k = 1 it is c / n.
+    """
+    assert 1 <= k <= num_samples and 0 <= num_correct <= num_samples
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Averages over the problems of one set.
+
+    Attributes:
+        pass_at: k -> pass@k.
+        response_length: mean tokens of a response, the stop id included.
+        stop_fraction: responses that ended with a stop id.
+        num_problems, num_samples: problems, and responses to each.
+    """
+
+    pass_at: dict[int, float]
+    response_length: float
+    stop_fraction: float
+    num_problems: int
+    num_samples: int
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """The result as metrics `eval/<name>/...`."""
+        values = {f"pass@{k}": value for k, value in self.pass_at.items()}
+        values |= {"response_length": self.response_length, "stop_fraction": self.stop_fraction}
+        return {f"eval/{name}/{key}": value for key, value in values.items()}
+
+
+class Evaluator:
+    """The problem files of a run, and how to grade the student on them.
+
+    Args:
+        rewards: grading processes on the leader of each replica, None on other ranks.
+
+    Raises:
+        ValueError: a problem file that cannot be used, or problems beyond the model's positions.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        models: ModelPair,
+        engine: RolloutEngine,
+        rewards: RewardWorkers | None,
+        layout: ParallelLayout,
+    ) -> None:
+        self.config = config.evaluation
+        self.models = models
+        self.engine = engine
+        self.rewards = rewards
+        self.layout = layout
+        self.problem_sets = {
+            name: load_prompts(
+                problems.path,
+                models.tokenizer,
+                prompt_column=problems.prompt_column,
+                answer_column=problems.answer_column,
+                system_prompt=config.data.system_prompt,
+                apply_chat_template=config.data.apply_chat_template,
+                max_prompt_tokens=config.data.max_prompt_tokens,
+                limit=problems.limit,
+            )
+            for name, problems in config.evaluation.sets.items()
+        }
+        if self.problem_sets:
+            models.check_length(
+                config.data.max_prompt_tokens + self.config.max_response_tokens,
+                "data.max_prompt_tokens + evaluation.max_response_tokens",
+                student_only=True,
+            )
+        self.sampling = Sampling(
+            temperature=self.config.temperature,
+            max_response_tokens=self.config.max_response_tokens,
+            stop_ids=models.student_stop_ids,
+            seed=config.run.seed,
+            step=EVALUATION_STEP,
+            num_valid=models.tokenizer_size,
+        )
+
+    def evaluate(self) -> dict[str, EvaluationResult]:
+        """Evaluate the student as it is now on every set. Collective over all ranks."""
+        return {name: self._evaluate_set(problems) for name, problems in self.problem_sets.items()}
+
+    def _evaluate_set(self, problems: PromptSet) -> EvaluationResult:
+        """Each replica answers its share; its leader grades; every rank gets the averages."""
+        num_samples = self.config.samples
+        requests = [
+            Request(number, sample, prompt.token_ids)
+            for number, prompt in enumerate(problems.prompts)
+            for sample in range(num_samples)
+        ]
+        policy = StudentPolicy(self.sampling, self.layout.tp_group)
+        share = requests[self.layout.dp_rank :: self.layout.dp_size]
+        rollouts = self.engine.generate(share, policy, self.sampling)
+        graded: list[tuple[int, float, int, bool]] = []
+        if self.rewards is not None:
+            scores = self.rewards.score(
+                [self.models.decode(rollout.response_ids) for rollout in rollouts],
+                [problems.prompts[rollout.prompt_index].answer or () for rollout in rollouts],
+            )
+            graded = [
+                (rollout.prompt_index, score, len(rollout.response_ids), rollout.stopped)
+                for rollout, score in zip(rollouts, scores, strict=True)
+            ]
+        graded = [row for rows in gather_from_leaders(graded, self.layout) for row in rows]
+        num_correct = [0] * len(problems.prompts)
+        for problem, score, _, _ in graded:
+            num_correct[problem] += int(score)
+        return EvaluationResult(
+            pass_at={
+                k: _mean([pass_at_k(num_samples, correct, k) for correct in num_correct])
+                for k in self.config.pass_at
+            },
+            response_length=_mean([length for _, _, length, _ in graded]),
+            stop_fraction=_mean([stopped for *_, stopped in graded]),
+            num_problems=len(num_correct),
+            num_samples=num_samples,
+        )
+
+
+def start_reward_workers(
+    config: RewardsConfig, layout: ParallelLayout
+) -> AbstractContextManager[RewardWorkers | None]:
+    """Grading processes on the leader of each replica; other ranks get None."""
+    return RewardWorkers(config.workers, config.timeout_s) if layout.is_leader else nullcontext()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def main(arguments: list[str]) -> None:
+    """Evaluate `student.path` on every set and print the metrics as a JSON object."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    config = load_config(arguments[0], arguments[1:])
+    layout = distributed.initialize(config.parallel, seed=config.run.seed)
+    models = ModelPair.load(config, layout, with_teacher=False)
+    engine = RolloutEngine(models.student, None, layout, config.rollout)
+    with start_reward_workers(config.rewards, layout) as rewards:
+        results = Evaluator(config, models, engine, rewards, layout).evaluate()
+    if distributed.is_rank_zero():
+        metrics = {k: v for name, result in results.items() for k, v in result.metrics(name).items()}
+        print(json.dumps(metrics, indent=2))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,168 @@
+"""Rewards: 1.0 for a response whose final answer math-verify finds right, else 0.0.
+
+Grading runs in worker processes with a time limit for each answer, because a response can hold an
+expression that keeps sympy busy for hours or brings its process down. A worker is this very file,
+run as a script: it starts in a fraction of a second and imports math-verify, but neither torch nor
+the program that asked. It reads one JSON line `[response, answers]` at a time from standard input
+and writes one byte: `r` once when it is ready, then `1` or `0` for each line.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from types import TracebackType
+
+# -P keeps this folder, and thus the package's module names, off the worker's import path.
+MATH_VERIFY_WORKER = (sys.executable, "-P", os.path.abspath(__file__))
+_WORKER_MEMORY_BYTES = 4 * 2**30  # of address space: 9^{9^{9^9}} is refused, not computed
+
+
+class RewardWorkers:
+    """A pool of grading processes; use it as a context manager.
+
+    `num_timeouts` counts the responses that scored 0 because grading them took longer than
+    `timeout_s` or ended their worker, which was then replaced.
+    """
+
+    def __init__(
+        self, workers: int, timeout_s: float, command: Sequence[str] = MATH_VERIFY_WORKER
+    ) -> None:
+        self._num_workers = workers
+        self._command = [*command, str(timeout_s)]
+        self.num_timeouts = 0
+
+    def __enter__(self) -> "RewardWorkers":
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="rewards")
+        for _ in range(self._num_workers):
+            self._idle.put(_Worker(self._command))
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        while not self._idle.empty():
+            self._idle.get().stop()
+
+    def score(
+        self, responses: Sequence[str], answers: Sequence[str | Sequence[str]]
+    ) -> list[float]:
+        """Grade each response against its answer, or against several of which any one is right.
+
+        Returns rewards in the order of the responses. Raises RuntimeError when workers do not
+        start.
+        """
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
+        acceptable = [[a] if isinstance(a, str) else list(a) for a in answers]
+        verdicts = list(self._threads.map(self._grade, responses, acceptable))
+        self.num_timeouts += verdicts.count(None)
+        return [1.0 if verdict else 0.0 for verdict in verdicts]
+
+    def _grade(self, response: str, answers: list[str]) -> bool | None:
+        """Grade in the next idle worker; None when the worker did not survive it."""
+        worker = self._idle.get()
+        try:
+            verdict = worker.grade(response, answers)
+            if verdict is None:
+                worker.stop()
+                worker = _Worker(self._command)
+            return verdict
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """The parent's end of one worker process."""
+
+    def __init__(self, command: list[str]) -> None:
+        # A session of its own: Ctrl-C in the terminal is for the parent alone.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        self._is_ready = False
+
+    def grade(self, response: str, answers: list[str]) -> bool | None:
+        """Send one response and wait for its verdict; None when the process ends instead."""
+        if not self._is_ready:
+            self._wait_until_ready()
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        try:
+            stdin.write(json.dumps([response, answers]).encode() + b"\n")
+            stdin.flush()
+        except BrokenPipeError:
+            return None
+        verdict = stdout.read(1)
+        return None if verdict == b"" else verdict == b"1"
+
+    def _wait_until_ready(self) -> None:
+        assert self._process.stdout is not None
+        if self._process.stdout.read(1) != b"r":
+            raise RuntimeError(
+                f"a reward worker ended with exit code {self._process.wait()} while starting; "
+                "its own message is in the log above"
+            )
+        self._is_ready = True
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing, and close the pipes."""
+        self._process.kill()
+        with self._process:  # closes the pipes and waits
+            pass
+
+
+# ---------------------------------------------------------------- inside a worker
+
+
+def serve(is_correct: Callable[[str, list[str]], bool], timeout_s: float) -> None:
+    """Grade what arrives on standard input until it closes; the body of a worker process.
+
+    The kernel ends the process when grading one line takes longer than `timeout_s`: SIGALRM keeps
+    its default action, so no code, in whatever language, can miss it, and a worker whose parent is
+    gone does not outlive its line.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (_WORKER_MEMORY_BYTES, _WORKER_MEMORY_BYTES))
+    logging.disable()  # math-verify reports every expression it cannot compare
+    verdicts = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no verdict
+    os.write(verdicts, b"r")
+    for line in sys.stdin.buffer:
+        response, answers = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        verdict = is_correct(response, answers)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.write(verdicts, b"1" if verdict else b"0")
+
+
+def _serve_math_verify(timeout_s: float) -> None:
+    import math_verify
+
+    # math-verify's own limits are off (0): they need SIGALRM, which here ends the process.
+    def is_correct(response: str, answers: list[str]) -> bool:
+        found = math_verify.parse(response, parsing_timeout=0)
+        return any(
+            math_verify.verify(
+                math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=0),
+                found,
+                timeout_seconds=0,
+            )
+            for answer in answers
+        )
+
+    serve(is_correct, timeout_s)
+
+
+if __name__ == "__main__":
+    _serve_math_verify(float(sys.argv[1]))

@@ -1,0 +1,34 @@
+"""Train a student: distillation or supervised, as the configuration says.
+
+    torchrun --nproc-per-node 2 -m trb_megatron.train CONFIG.yaml [section.key=value ...]
+
+A run that was interrupted continues from its last checkpoint when it is started again.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(arguments: list[str]) -> None:
+    """Run the training job that the arguments describe."""
+    # Checkpoint writers are spawned processes that import this module again: keep that light.
+    from trb_megatron import distributed
+    from trb_megatron.config import load_config
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    config = load_config(arguments[0], arguments[1:])
+    layout = distributed.initialize(config.parallel, seed=config.run.seed)
+
+    from trb_megatron.evaluate import start_reward_workers
+    from trb_megatron.trainer import Trainer
+
+    with start_reward_workers(config.rewards, layout) as rewards:
+        Trainer(config, layout, rewards).train()
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

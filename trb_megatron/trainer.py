@@ -1,0 +1,515 @@
+"""The training loop: on-policy distillation with Trust-Region behavior Blending (TRB).
+
+One step (Plyusov et al., arXiv 2605.31159, algorithm 1):
+
+1. prompts:  take the next prompts of an endless, resumable order;
+2. rollout:  sample responses from the behavior policy, the distribution nearest the teacher within
+             the step's KL budget of the student; with a budget of zero, from the student;
+3. reward:   grade the responses where answers are known (reported, never trained on);
+4. teacher:  final hidden states of the teacher at every sampled prefix;
+5. train:    forward and backward of the student, microbatch by microbatch; the loss is the same in
+             every step;
+6. update:   AdamW, after a check that loss and gradients are finite;
+7. record:   metrics, evaluation, checkpoint.
+
+Supervised training is the same loop: the dataset's responses take the place of rollouts, and there
+is no teacher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+from trb_megatron.batch import Microbatch, Rollout, build_microbatches
+from trb_megatron.blending import align_stop_ids, kl_budget_at
+from trb_megatron.checkpoint import (
+    TrainingState,
+    find_checkpoints,
+    load_checkpoint,
+    read_training_state,
+    save_checkpoint,
+)
+from trb_megatron.config import (
+    Config,
+    ConfigError,
+    config_warnings,
+    fingerprint_difference,
+    git_commit,
+    load_config,
+    parse_config,
+    save_config,
+)
+from trb_megatron.distributed import ParallelLayout, gather_from_leaders, is_rank_zero
+from trb_megatron.evaluate import Evaluator
+from trb_megatron.forward import forward_backward, forward_hidden
+from trb_megatron.hf_weights import save_hf_checkpoint
+from trb_megatron.loss import LOSSES
+from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
+from trb_megatron.model_pair import DTYPES, ModelPair
+from trb_megatron.models import token_multiple
+from trb_megatron.optimizer import (
+    build_optimizer,
+    learning_rate_at,
+    set_learning_rate,
+    wrap_student,
+)
+from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
+from trb_megatron.rewards import RewardWorkers
+from trb_megatron.rollout import (
+    BlendPolicy,
+    Policy,
+    Request,
+    RolloutEngine,
+    Sampling,
+    StudentPolicy,
+)
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is NaN or infinite; the message names step and rank."""
+
+
+class Trainer:
+    """A run: models, optimizer, prompts, and where in them it stands.
+
+    Construction loads everything, refuses what cannot work, and continues from the newest checkpoint
+    of `config.run.dir` if there is one. All methods are collective over all ranks.
+
+    Args:
+        rewards: grading processes on the leader of each replica, None on other ranks.
+    """
+
+    def __init__(
+        self, config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.rewards = rewards
+        self.run_dir = config.run.dir
+        self.is_distilling = config.training.task == "distill"
+        for warning in config_warnings(config):
+            say(f"warning: {warning}")
+        _check_run_folder(config)
+
+        self.models = ModelPair.load(config, layout, with_teacher=self.is_distilling, say=say)
+        self._check_sizes()
+        self.prompt_set = load_prompts(
+            config.data.path,
+            self.models.tokenizer,
+            format=config.data.format,
+            prompt_column=config.data.prompt_column,
+            answer_column=config.data.answer_column,
+            response_column=None if self.is_distilling else config.data.response_column,
+            system_prompt=config.data.system_prompt,
+            apply_chat_template=config.data.apply_chat_template,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+        )
+        say(
+            f"prompts: {len(self.prompt_set.prompts):,} from {config.data.path}, "
+            f"{self.prompt_set.num_dropped:,} longer than {config.data.max_prompt_tokens} tokens "
+            "dropped"
+        )
+        self.order = PromptOrder(
+            len(self.prompt_set.prompts), config.run.seed, config.data.shuffle
+        )
+
+        self.student = wrap_student(self.models.student, config.optimizer)
+        self.optimizer = build_optimizer(
+            self.student, config.optimizer, DTYPES[config.training.precision]
+        )
+        self.student.config.finalize_model_grads_func = self._finalize_gradients
+        self.engine = RolloutEngine(
+            self.models.student, self.models.teacher, layout, config.rollout
+        )
+        self.evaluator = Evaluator(config, self.models, self.engine, rewards, layout)
+        self.timer = PhaseTimer()
+        self.step = 0
+        self.prompt_position = 0
+        self._resume()
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self) -> None:
+        """Run all remaining steps, evaluating and saving on the way, and export the student."""
+        config = self.config
+        with RunLog(config, self.step) as log:
+            if self.step == 0 and config.evaluation.at_start:
+                log.record(0, self._evaluate(log))
+            while self.step < config.training.steps:
+                metrics = self.train_step()
+                is_last = self.step == config.training.steps
+                if self.step % config.evaluation.every == 0 or is_last:
+                    if not is_last or config.evaluation.at_end:
+                        metrics |= self._evaluate(log)
+                log.record(self.step, metrics)
+                if self.step % config.checkpoint.every == 0 or is_last:
+                    self._save()
+        if config.checkpoint.export_hf:
+            target = self.run_dir / "hf"
+            save_hf_checkpoint(self.models.student, self.models.student_config, self.layout, target)
+            say(f"exported the student to {target}")
+
+    def train_step(self) -> dict[str, float]:
+        """Do one step and return its metrics; stages as in the module docstring."""
+        kl_budget = self._kl_budget()
+        prompts = self._next_prompts()
+        with self.timer.phase("rollout"):
+            rollouts = self._rollout(prompts, kl_budget)
+        rewards = self._score(rollouts)
+        microbatches = build_microbatches(
+            rollouts,
+            self.config.training.max_tokens_per_microbatch,
+            self.layout.device,
+            token_multiple(self.models.student.config),
+        )
+        with self.timer.phase("teacher"):
+            microbatches = self._add_teacher_hidden(microbatches)
+        with self.timer.phase("train"):
+            loss_sums = self._forward_backward(microbatches)
+            lr, grad_norm = self._update()
+        metrics = self._metrics(rollouts, rewards, loss_sums)
+        metrics |= {
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "behavior/kl_budget": kl_budget,
+        }
+        self.step += 1
+        self.prompt_position += self.config.training.prompts_per_step
+        return metrics
+
+    # ------------------------------------------------------------------ stages of a step
+
+    def _kl_budget(self) -> float:
+        if not self.is_distilling:
+            return 0.0
+        behavior = self.config.behavior
+        return kl_budget_at(
+            self.step, behavior.kl_budget, behavior.warmup_steps, behavior.schedule
+        )
+
+    def _next_prompts(self) -> list[Prompt]:
+        count = self.config.training.prompts_per_step
+        indices = self.order.indices(self.prompt_position, count)
+        return [self.prompt_set.prompts[index] for index in indices]
+
+    def _rollout(self, prompts: Sequence[Prompt], kl_budget: float) -> list[Rollout]:
+        """This replica's share of the responses: every dp-th of prompts x rollouts."""
+        share = slice(self.layout.dp_rank, None, self.layout.dp_size)
+        if not self.is_distilling:
+            return [self._supervised_example(prompt) for prompt in prompts[share]]
+        sampling = Sampling(
+            temperature=self.config.rollout.temperature,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            stop_ids=self.models.student_stop_ids,
+            seed=self.config.run.seed,
+            step=self.step,
+            num_valid=self.models.tokenizer_size,
+        )
+        requests = [
+            Request(prompt.index, number, prompt.token_ids)
+            for prompt in prompts
+            for number in range(self.config.rollout.rollouts_per_prompt)
+        ]
+        return self.engine.generate(requests[share], self._policy(sampling, kl_budget), sampling)
+
+    def _policy(self, sampling: Sampling, kl_budget: float) -> Policy:
+        if kl_budget == 0:
+            return StudentPolicy(sampling, self.layout.tp_group, self.models.alignment)
+        return BlendPolicy(sampling, kl_budget, self.models.alignment, self.layout.tp_group)
+
+    def _supervised_example(self, prompt: Prompt) -> Rollout:
+        assert prompt.response_ids is not None
+        response_ids = (*prompt.response_ids, self.models.student_stop_ids[0])
+        return Rollout(prompt.index, 0, prompt.token_ids, response_ids, stopped=True)
+
+    def _score(self, rollouts: Sequence[Rollout]) -> list[float]:
+        """Rewards of the responses whose prompts have answers; on leaders only."""
+        if self.rewards is None or not self.is_distilling:
+            return []
+        answers = {prompt.index: prompt.answer for prompt in self.prompt_set.prompts}
+        graded = [r for r in rollouts if answers[r.prompt_index]]
+        return self.rewards.score(
+            [self.models.decode(r.response_ids) for r in graded],
+            [answers[r.prompt_index] or () for r in graded],
+        )
+
+    def _add_teacher_hidden(self, microbatches: list[Microbatch]) -> list[Microbatch]:
+        """Attach the teacher's hidden states at the loss positions, on the last stage."""
+        if self.models.teacher is None:
+            return microbatches
+        hidden = forward_hidden(self.models.teacher, microbatches)
+        if not self.layout.is_last_stage:
+            return microbatches
+        return [
+            dataclasses.replace(microbatch, teacher_hidden_NH=hidden_NH)
+            for microbatch, hidden_NH in zip(microbatches, hidden, strict=True)
+        ]
+
+    def _forward_backward(self, microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
+        """Gradients of the global mean loss per token; sums of the loss and its metrics."""
+        self._loss_is_finite = True
+        self.student.train()
+        self.student.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        for metrics in forward_backward(self.student, microbatches, self._loss):
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
+        return sums
+
+    def _loss(self, hidden_NH: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of the loss over the sampled tokens of a microbatch, and sums of its metrics."""
+        student, teacher, loss = self.models.student, self.models.teacher, self.config.loss
+        alignment, tp_group = self.models.alignment, self.layout.tp_group
+        student_logits_NU = student.project(hidden_NH) / loss.temperature
+        teacher_logits_NU = None
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_logits_NU = teacher.project(microbatch.teacher_hidden_NH) / loss.temperature
+        if alignment is not None:
+            student_logits_NU = align_stop_ids(
+                student_logits_NU, alignment.student_ids, alignment, tp_group=tp_group
+            )
+            teacher_logits_NU = align_stop_ids(
+                teacher_logits_NU, alignment.teacher_ids, alignment, tp_group=tp_group
+            )
+        veto_remaining = 1.0 - self.step / self.config.training.steps
+        output = LOSSES[loss.name](
+            student_logits_NU,
+            teacher_logits_NU,
+            tp_group=tp_group,
+            num_valid=self.models.tokenizer_size,
+            top_k=loss.top_k,
+            jsd_weight=loss.jsd_weight,
+            veto_coef=loss.veto_coef * veto_remaining,
+            sampled_ids=microbatch.labels_N,
+        )
+        loss_sum = output.per_token.sum()
+        self._loss_is_finite &= bool(loss_sum.isfinite())
+        sums = {f"loss/{name}": values.sum() for name, values in output.metrics.items()}
+        return loss_sum, {"loss": loss_sum.detach(), **sums}
+
+    def _finalize_gradients(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
+        """Stop on a non-finite loss or gradient while it is still known whose it is, then reduce."""
+        problem = None
+        if not self._loss_is_finite:
+            problem = "loss"
+        elif not all(bool(buffer.grad_data.isfinite().all()) for buffer in self.student.buffers):
+            problem = "gradient"
+        _stop_if_any(problem, self.step)
+        finalize_model_grads(models, *args, **kwargs)
+
+    def _update(self) -> tuple[float, float]:
+        """One AdamW update; the learning rate used and the gradient norm before clipping."""
+        optimizer = self.config.optimizer
+        lr = learning_rate_at(self.step, optimizer.lr, optimizer.warmup_steps)
+        set_learning_rate(self.optimizer, lr)
+        if optimizer.clip_grad == 0:
+            grad_norm = float(self.optimizer.get_grad_norm())
+            self.optimizer.step()
+        else:
+            _, grad_norm, _ = self.optimizer.step()
+        return lr, float(grad_norm)
+
+    # ------------------------------------------------------------------ records
+
+    def _metrics(
+        self, rollouts: Sequence[Rollout], rewards: Sequence[float], loss_sums: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """Metrics of the step over all replicas, from sums that each leader contributes."""
+        sums = {name: float(value) for name, value in loss_sums.items()}
+        sums |= {
+            "rollouts": len(rollouts),
+            "tokens": sum(len(r.response_ids) for r in rollouts),
+            "all_tokens": sum(len(r) for r in rollouts),
+            "stopped": sum(r.stopped for r in rollouts),
+            "rewards": len(rewards),
+            "reward": sum(rewards),
+            "timeouts": 0 if self.rewards is None else self.rewards.num_timeouts,
+        }
+        records = [r.record for r in rollouts if r.record is not None]
+        if records:
+            sums["blend_coef"] = sum(float(r.blend_coef.sum()) for r in records)
+            sums["kl_student"] = sum(float(r.kl_student.sum()) for r in records)
+        total: dict[str, float] = {}
+        for share in gather_from_leaders(sums, self.layout):
+            for name, value in share.items():
+                total[name] = total.get(name, 0.0) + value
+        seconds = self.timer.finish_step()
+        return _averages(total) | {
+            **{f"time/{phase}": value for phase, value in seconds.items()},
+            "perf/tokens_per_s": total["tokens"] / seconds["step"],
+            "perf/peak_memory_gb": peak_memory_gb(),
+        }
+
+    def _evaluate(self, log: RunLog) -> dict[str, float]:
+        """Evaluate every set and show the result; the step's clock does not run meanwhile."""
+        metrics: dict[str, float] = {}
+        for name, result in self.evaluator.evaluate().items():
+            log.write(f"step {self.step} | {name}: {result}")
+            metrics |= result.metrics(name)
+        self.timer.finish_step()
+        return metrics
+
+    # ------------------------------------------------------------------ set-up, save and resume
+
+    def _check_sizes(self) -> None:
+        config, models = self.config, self.models
+        if config.loss.top_k > models.tokenizer_size:
+            raise ConfigError(
+                f"loss.top_k={config.loss.top_k} exceeds the vocabulary of "
+                f"{models.tokenizer_size} ids; lower it"
+            )
+        num_responses = config.training.prompts_per_step
+        if self.is_distilling:
+            num_responses *= config.rollout.rollouts_per_prompt
+            models.check_length(
+                config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+                "data.max_prompt_tokens + rollout.max_response_tokens",
+            )
+        if num_responses < self.layout.dp_size:
+            raise ConfigError(
+                f"training.prompts_per_step: a step of {num_responses} responses leaves some of "
+                f"the {self.layout.dp_size} data-parallel replicas without work; raise it"
+            )
+
+    def _state(self) -> TrainingState:
+        return TrainingState(
+            step=self.step,
+            prompt_position=self.prompt_position,
+            data_fingerprint=self.prompt_set.fingerprint,
+            config=self.config.model_dump(mode="json"),
+        )
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.run_dir, self.student, self.optimizer, self._state(), self.config.checkpoint.keep
+        )
+        self.timer.finish_step()
+
+    def _resume(self) -> None:
+        checkpoints = find_checkpoints(self.run_dir)
+        if not checkpoints:
+            return
+        state = read_training_state(checkpoints[-1])
+        _check_same_run(checkpoints[-1], parse_config(state.config), self.config)
+        if state.data_fingerprint != self.prompt_set.fingerprint:
+            raise ConfigError(
+                f"{self.config.data.path}: these are not the prompts that {checkpoints[-1]} was "
+                "trained on; restore them or choose another run.dir"
+            )
+        load_checkpoint(checkpoints[-1], self.student, self.optimizer)
+        self.step, self.prompt_position = state.step, state.prompt_position
+        say(f"resumed from {checkpoints[-1]}")
+
+
+class RunLog:
+    """What rank 0 shows and writes of a run; on other ranks it does nothing."""
+
+    def __init__(self, config: Config, step: int) -> None:
+        self._config = config
+        self._step = step
+
+    def __enter__(self) -> RunLog:
+        if is_rank_zero():
+            logging = self._config.logging
+            self._metrics = MetricsLogger(
+                self._config.run.dir, logging.tensorboard, logging.wandb_project, self._config
+            )
+            self._metrics.truncate_after(self._step)
+            self._progress = Progress(self._config.training.steps, self._step).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if is_rank_zero():
+            self._progress.__exit__(*error)
+            self._metrics.close()
+
+    def write(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if is_rank_zero():
+            self._progress.write(line)
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of a finished step (0: before the first) and show its progress."""
+        if not is_rank_zero():
+            return
+        self._metrics.log(step, metrics)
+        if step > 0:
+            self._progress.update(
+                step,
+                loss=metrics["loss"],
+                reward=metrics.get("rollout/reward"),
+                tokens_per_s=metrics["perf/tokens_per_s"],
+            )
+
+
+def say(line: str) -> None:
+    """Print a line on rank 0."""
+    if is_rank_zero():
+        print(line, flush=True)
+
+
+def _averages(total: dict[str, float]) -> dict[str, float]:
+    tokens, rollouts = total["tokens"], total["rollouts"]
+    metrics = {n: v / tokens for n, v in total.items() if n == "loss" or n.startswith("loss/")}
+    metrics |= {
+        "rollout/tokens": tokens,
+        "rollout/response_length": tokens / rollouts,
+        "rollout/stop_fraction": total["stopped"] / rollouts,
+    }
+    if "blend_coef" in total:
+        metrics |= {
+            "behavior/blend_coef": total["blend_coef"] / tokens,
+            "behavior/kl_per_token": total["kl_student"] / tokens,
+            "behavior/kl_per_sequence": total["kl_student"] / rollouts,
+        }
+    if total["rewards"] > 0:
+        metrics["rollout/reward"] = total["reward"] / total["rewards"]
+        metrics["rollout/reward_timeouts"] = total["timeouts"]
+    return metrics
+
+
+def _stop_if_any(problem: str | None, step: int) -> None:
+    """Raise on all ranks when one of them has a problem. An all-gather over the world.
+
+    Raises:
+        NonFiniteError: names the first such rank.
+    """
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise NonFiniteError(
+                f"step {step}: the {found} of rank {rank} is not finite; nothing was updated"
+            )
+
+
+def _check_run_folder(config: Config) -> None:
+    """Refuse the run folder of another configuration; else record this one in it."""
+    file = config.run.dir / "config.yaml"
+    if file.is_file():
+        _check_same_run(config.run.dir, load_config(file), config)
+    dist.barrier()
+    if is_rank_zero():
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, file)
+        (config.run.dir / "commit.json").write_text(json.dumps({"commit": git_commit()}) + "\n")
+
+
+def _check_same_run(where: Path, saved: Config, now: Config) -> None:
+    differences = fingerprint_difference(saved, now)
+    if differences:
+        raise ConfigError(
+            f"{where}: belongs to a run with another configuration "
+            f"({'; '.join(differences[:3])}); choose another run.dir or restore the configuration"
+        )

@@ -1,0 +1,264 @@
+"""Maths on a vocabulary shard: normalizers, gather, top-k, entropy, inverse-CDF sampling.
+
+Shapes: N rows (packed tokens), K ids of a row, R ranks of the group, V full vocabulary, U = V/R
+this rank's shard: rank r of the group owns ids [r*U, (r+1)*U). `tp_group=None` means unsharded.
+
+An id whose logit is -inf does not exist: it has no mass, is never sampled and never in a top-k.
+
+Every sum over the vocabulary is an all-gather of per-rank partials, added in rank order: all ranks
+compute bit-identical numbers, hence take the same decisions. Nothing here is differentiable.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+FLOAT32_MIN = torch.finfo(torch.float32).min
+
+
+def vocab_range(local_width: int, tp_group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return [start, stop), the global ids that this rank's shard of `local_width` columns owns."""
+    start = 0 if tp_group is None else dist.get_rank(tp_group) * local_width
+    return start, start + local_width
+
+
+def vocab_size(local_width: int, tp_group: dist.ProcessGroup | None) -> int:
+    """Return V, the columns of all shards together."""
+    return local_width if tp_group is None else dist.get_world_size(tp_group) * local_width
+
+
+def all_gather(partial: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """All-gather a tensor of the same shape on each rank of `tp_group`; [R, ...], replicated."""
+    if tp_group is None:
+        return partial[None]
+    partial = partial.contiguous()
+    parts = [torch.empty_like(partial) for _ in range(dist.get_world_size(tp_group))]
+    dist.all_gather(parts, partial, group=tp_group)
+    return torch.stack(parts)
+
+
+def mask_invalid(
+    logits_NU: Tensor, num_valid: int | None, tp_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Upcast to fp32 and set the columns from `num_valid` on, counted over all shards, to -inf.
+
+    No communication. The input is not changed, but returned itself when there is nothing to do.
+    Raises ValueError unless 1 <= num_valid <= V.
+    """
+    logits_NU = logits_NU.float()
+    if num_valid is None:
+        return logits_NU
+    start, stop = vocab_range(logits_NU.shape[-1], tp_group)
+    if not 1 <= num_valid <= vocab_size(logits_NU.shape[-1], tp_group):
+        raise ValueError(f"num_valid={num_valid} is outside the vocabulary of the shards")
+    if stop <= num_valid:
+        return logits_NU
+    masked_NU = logits_NU.clone()
+    masked_NU[:, max(num_valid - start, 0) :] = -torch.inf
+    return masked_NU
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax over a sharded vocabulary: this shard's logits and the normalizer of each row."""
+
+    logits_NU: Tensor
+    """[N, U] fp32, -inf where an id does not exist."""
+    max_N: Tensor
+    """[N] float64, largest logit over all shards."""
+    log_sum_N: Tensor
+    """[N] float64, log of the sum over all shards of exp(logit - max)."""
+    entropy_N: Tensor
+    """[N] float64, nats."""
+
+    def logprobs(
+        self, rows: Tensor | slice = slice(None), dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return the normalized log-probabilities of this shard, of all rows or some, [N, U]."""
+        max_N1, log_sum_N1 = self.max_N[rows, None], self.log_sum_N[rows, None]
+        return (self.logits_NU[rows].to(dtype) - max_N1.to(dtype)).sub_(log_sum_N1.to(dtype))
+
+
+@dataclass(frozen=True)
+class ShardSoftmax:
+    """One rank's share of a `Softmax`, before the gather."""
+
+    logits_NU: Tensor
+    shifted_NU: Tensor
+    """[N, U] logits minus the shard's own maximum."""
+    exp_NU: Tensor
+    """[N, U] exp(shifted)."""
+    partials_N3: Tensor
+    """[N, 3] float64: the shard's maximum, sum of exp, sum of exp * shifted."""
+
+
+def shard_softmax(logits_NU: Tensor) -> ShardSoftmax:
+    """Return this shard's share of the softmax of fp32 logits; no communication."""
+    # A finite stand-in keeps a shard without any existing id out of -inf - (-inf) = NaN.
+    max_N = logits_NU.amax(dim=-1).clamp_min(FLOAT32_MIN)
+    shifted_NU = logits_NU - max_N[:, None]
+    exp_NU = shifted_NU.exp()
+    weighted_NU = shifted_NU.clamp_min(FLOAT32_MIN).mul_(exp_NU)
+    partials_N3 = torch.stack((max_N, exp_NU.sum(dim=-1), weighted_NU.sum(dim=-1)), dim=-1)
+    return ShardSoftmax(logits_NU, shifted_NU, exp_NU, partials_N3.double())
+
+
+def combine_softmax(shard: ShardSoftmax, partials_RN3: Tensor, name: str) -> Softmax:
+    """Return the softmax over all shards from every rank's gathered partials.
+
+    Raises ValueError, on all ranks alike, naming `name` and the row that holds a NaN, a +inf or no
+    existing id at all.
+    """
+    max_RN, sum_RN, weighted_RN = partials_RN3.unbind(dim=-1)
+    max_N = max_RN.amax(dim=0)
+    raise_at_row(max_N.isnan(), f"{name} logits hold a NaN")
+    raise_at_row(max_N == torch.inf, f"{name} logits hold a +inf")
+    raise_at_row(max_N == FLOAT32_MIN, f"{name} logits hold no id: all are -inf")
+    offset_RN = max_RN - max_N
+    scale_RN = offset_RN.exp()
+    sum_N = (scale_RN * sum_RN).sum(dim=0)
+    weighted_N = (scale_RN * (weighted_RN + sum_RN * offset_RN)).sum(dim=0)
+    log_sum_N = sum_N.log()
+    return Softmax(shard.logits_NU, max_N, log_sum_N, log_sum_N - weighted_N / sum_N)
+
+
+def raise_at_row(bad_N: Tensor, problem: str) -> None:
+    """Raise ValueError with `problem` and the first row where `bad_N` is true, if there is one."""
+    if bad_N.any():
+        raise ValueError(f"{problem} in row {int(bad_N.nonzero()[0, 0])}")
+
+
+def softmax(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Softmax:
+    """Normalize sharded logits, after an upcast to fp32.
+
+    One all-gather over `tp_group`; logits sharded, normalizers replicated. Raises ValueError like
+    `combine_softmax`.
+    """
+    shard = shard_softmax(logits_NU.float())
+    return combine_softmax(shard, all_gather(shard.partials_N3, tp_group), "the")
+
+
+def log_softmax_NU(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Return the normalized log-probabilities on this shard, [N, U] fp32.
+
+    One all-gather over `tp_group`; logits and result sharded; upcast to fp32. Raises ValueError
+    for a NaN, a +inf or a row of -inf.
+    """
+    return softmax(logits_NU, tp_group=tp_group).logprobs()
+
+
+def entropy(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Return the entropy of each row's softmax in nats, [N] fp32.
+
+    Log-probabilities serve as logits too. One all-gather over `tp_group`; logits sharded, result
+    replicated; upcast to fp32. Raises ValueError for a NaN, a +inf or a row of -inf.
+    """
+    return softmax(logits_NU, tp_group=tp_group).entropy_N.float()
+
+
+def gather_at(values_NU: Tensor, ids: Tensor, *, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Return each row's values at global `ids` ([N] or [N, K]), in the shape of `ids`.
+
+    One all-gather over `tp_group`; values sharded, ids and result replicated.
+    """
+    width = values_NU.shape[-1]
+    start, _ = vocab_range(width, tp_group)
+    ids_NK = ids.reshape(len(ids), -1)
+    local_NK = (ids_NK - start).clamp(0, width - 1)
+    values_RNK = all_gather(values_NU.gather(-1, local_NK), tp_group)
+    owner_NK = ids_NK // width
+    return values_RNK.gather(0, owner_NK[None])[0].reshape(ids.shape)
+
+
+def argmax(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Return the id of each row's largest logit, ties to the lowest id, [N] int64.
+
+    One all-gather over `tp_group`; logits sharded, result replicated.
+    """
+    start, _ = vocab_range(logits_NU.shape[-1], tp_group)
+    value_N, index_N = logits_NU.max(dim=-1).values, logits_NU.argmax(dim=-1)
+    candidates_RN2 = all_gather(torch.stack((value_N.double(), index_N + start), -1), tp_group)
+    best_N = candidates_RN2[..., 0].argmax(dim=0)
+    return candidates_RN2[..., 1].gather(0, best_N[None])[0].long()
+
+
+def topk(logits_NU: Tensor, k: int, *, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Return the k largest logits of each row and their ids, both [N, K], largest first.
+
+    Ties go to the lowest id. One all-gather over `tp_group` of min(k, U) candidates per rank;
+    logits sharded, results replicated (values in float64, which holds every input exactly).
+    Raises ValueError, on all ranks alike, when k < 1 or a row has fewer than k ids.
+    """
+    if not 1 <= k <= vocab_size(logits_NU.shape[-1], tp_group):
+        raise ValueError(f"top_k={k} must be at least 1 and at most the number of valid ids")
+    start, _ = vocab_range(logits_NU.shape[-1], tp_group)
+    values_NK, ids_NK = _local_topk(logits_NU, min(k, logits_NU.shape[-1]))
+    candidates_RNK2 = all_gather(
+        torch.stack((values_NK.double(), (ids_NK + start).double()), dim=-1), tp_group
+    )
+    # In rank order ids ascend, so a stable sort by value leaves ties at the lowest id.
+    candidates_NK2 = candidates_RNK2.transpose(0, 1).flatten(1, 2)
+    values_NK, order_NK = candidates_NK2[..., 0].sort(dim=-1, descending=True, stable=True)
+    values_NK, order_NK = values_NK[:, :k], order_NK[:, :k]
+    raise_at_row(values_NK[:, -1] == -torch.inf, f"top_k={k} exceeds the number of valid ids")
+    return values_NK, candidates_NK2[..., 1].gather(-1, order_NK).long()
+
+
+def _local_topk(logits_NU: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Top-k with ties to the lowest id; equal values come in ascending order of id."""
+    values_NK, ids_NK = logits_NU.topk(k, dim=-1)
+    threshold_N1 = values_NK[:, -1:]
+    # torch.topk breaks ties as it likes. That matters where the k-th value also occurs outside.
+    num_outside_N = (logits_NU >= threshold_N1).sum(dim=-1) - k
+    (tied_M,) = (num_outside_N > 0).nonzero(as_tuple=True)
+    if len(tied_M) > 0:
+        logits_MU = logits_NU[tied_M]
+        above_MU = logits_MU > threshold_N1[tied_M]
+        equal_MU = logits_MU == threshold_N1[tied_M]
+        num_wanted_M1 = k - above_MU.sum(dim=-1, keepdim=True)
+        chosen_MU = above_MU | (equal_MU & (equal_MU.cumsum(dim=-1) <= num_wanted_M1))
+        ids_NK[tied_M] = chosen_MU.nonzero()[:, 1].view(-1, k)
+    ids_NK = ids_NK.sort(dim=-1).values
+    values_NK, order_NK = logits_NU.gather(-1, ids_NK).sort(dim=-1, descending=True, stable=True)
+    return values_NK, ids_NK.gather(-1, order_NK)
+
+
+def sample_inverse_cdf(
+    weights_NU: Tensor, uniforms_N: Tensor, *, tp_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Return the id where each row's cumulative weight, in id order, first exceeds u * total.
+
+    Weights are nonnegative and need not be normalized; uniforms are in [0, 1). An id of weight
+    zero is never returned. Two all-gathers over `tp_group` (shard sums, then the owner's id);
+    weights sharded, uniforms and result ([N] int64) replicated; accumulates in float64. Raises
+    ValueError, on all ranks alike, for a row whose total is not positive and finite.
+    """
+    start, _ = vocab_range(weights_NU.shape[-1], tp_group)
+    sum_RN = all_gather(weights_NU.sum(dim=-1, dtype=torch.float64), tp_group)
+    upper_RN = sum_RN.cumsum(dim=0)
+    total_N = upper_RN[-1]
+    raise_at_row(~((total_N > 0) & (total_N < torch.inf)), "sampling weights have no finite sum")
+    target_N = uniforms_N.double() * total_N
+    # Rounding may put the target on the total: it then belongs to the last shard with any mass.
+    owner_N = torch.minimum((upper_RN <= target_N).sum(dim=0), _last_true((sum_RN > 0).T))
+    lower_N = upper_RN.gather(0, owner_N[None])[0] - sum_RN.gather(0, owner_N[None])[0]
+    rank = 0 if tp_group is None else dist.get_rank(tp_group)
+    (mine_M,) = (owner_N == rank).nonzero(as_tuple=True)
+    ids_N = torch.zeros_like(owner_N)
+    ids_N[mine_M] = start + _find_column(weights_NU[mine_M], (target_N - lower_N)[mine_M])
+    return all_gather(ids_N, tp_group).gather(0, owner_N[None])[0]
+
+
+def _find_column(weights_MU: Tensor, target_M: Tensor) -> Tensor:
+    cumulative_MU = weights_MU.cumsum(dim=-1, dtype=torch.float64)
+    positive_MU = weights_MU > 0
+    beyond_MU = (cumulative_MU > target_M[:, None]) & positive_MU
+    first_M = beyond_MU.byte().argmax(dim=-1)
+    # As for shards: a target that rounding puts on the sum belongs to the last positive weight.
+    return torch.where(beyond_MU.any(dim=-1), first_M, _last_true(positive_MU))
+
+
+def _last_true(mask_MU: Tensor) -> Tensor:
+    return mask_MU.shape[-1] - 1 - mask_MU.flip(-1).byte().argmax(dim=-1)
