@@ -43,7 +43,7 @@ def run_distributed(
                 process = context.Process(
                     target=_run_rank,
                     args=(rank, world_size, f"{folder}/store", timeout_s, payload, theirs),
-                    daemon=True,
+                    daemon=False,  # Megatron's checkpoint writer starts processes of its own
                 )
                 process.start()
                 theirs.close()

@@ -1,7 +1,8 @@
 """One short run of the real system, repeated at several parallel layouts.
 
 What must not depend on the layout is measured here once per layout, on real ranks, and compared by
-the tests of the modules concerned (`test_models`, `test_rollout`, `test_trainer`, `test_hf_weights`).
+the tests of the modules concerned (`test_models`, `test_rollout`, `test_trainer`,
+`test_hf_weights`).
 """
 
 from dataclasses import asdict, dataclass, field
@@ -93,9 +94,7 @@ logging: {{tensorboard: false}}
 
 def probe(config_file: Path, layout: Layout) -> ProbeResult:
     """Run a layout on its own ranks."""
-    results = run_distributed(
-        _probe_rank, layout.world_size, config_file, layout, timeout_s=240
-    )
+    results = run_distributed(_probe_rank, layout.world_size, config_file, layout, timeout_s=240)
     return results[0]
 
 

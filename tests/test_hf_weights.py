@@ -53,7 +53,9 @@ def test_export_keeps_config_tokenizer_and_generation_config(
     source, export = probe_config.parent / "student", probe_results[ONE_RANK].export
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (export / name).read_bytes() == (source / name).read_bytes()
-    assert set(load_file(export / "model.safetensors")) == set(load_file(source / "model.safetensors"))
+    assert set(load_file(export / "model.safetensors")) == set(
+        load_file(source / "model.safetensors")
+    )
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -72,7 +74,7 @@ def test_mapping_reads_shards_and_joins_them_exactly(tmp_path: Path, tp: int, ti
 
 
 def test_grouped_qkv_layout_is_megatrons(tmp_path: Path) -> None:
-    """Rows by query group: its query heads, its key head, its value head (4 heads, 2 groups of 8)."""
+    """Rows by query group: its query heads, key head and value head (4 heads, 2 groups of 8)."""
     config = read_hf_config(make_checkpoint(tmp_path))
     param = map_params(config.family, config.shape(128))[
         "decoder.layers.0.self_attention.linear_qkv.weight"
@@ -125,12 +127,12 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path)
     tensors = load_file(folder / "model.safetensors")
-    expected = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     HFTensors(folder).check(expected)
     with pytest.raises(CheckpointError, match=r"1 tensors are missing: lm_head\.weight"):
-        HFTensors(folder).check([*expected, ("lm_head.weight", (64, 32))])
+        HFTensors(folder).check({**expected, "lm_head.weight": (64, 32)})
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[32\], .* \[33\]"):
-        HFTensors(folder).check([("model.norm.weight", (33,))])
+        HFTensors(folder).check({"model.norm.weight": (33,)})
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:

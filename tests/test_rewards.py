@@ -96,6 +96,8 @@ def test_order_is_kept_and_workers_share_the_work(scripted: list[str]) -> None:
 def test_limit_is_for_each_response(scripted: list[str]) -> None:
     with RewardWorkers(workers=1, timeout_s=1.0, command=scripted) as workers:
         assert workers.score(["0.4"] * 4, ["0.4"] * 4) == [1.0] * 4
+        time.sleep(1.2)  # an idle worker has no limit
+        assert workers.score(["a"], ["a"]) == [1.0]
 
 
 def test_no_process_outlives_the_pool(scripted: list[str]) -> None:

@@ -79,7 +79,7 @@ def _dense_logits(model: Any, row: dict[str, Any]) -> torch.Tensor:
 
 
 def _aligned(logits: torch.Tensor, own_ids: tuple[int, ...]) -> torch.Tensor:
-    """Stopping as one event: END_OF_TEXT takes the mass of the model's own ids, IM_END is removed."""
+    """Stopping as one event: END_OF_TEXT takes the mass of the own ids, IM_END is removed."""
     merged = logits.clone()
     merged[:, END_OF_TEXT] = logits[:, own_ids].logsumexp(-1)
     merged[:, IM_END] = -1e9

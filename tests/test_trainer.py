@@ -1,8 +1,22 @@
 """The training loop: the same at every layout, and what it must refuse."""
 
-import pytest
+import json
+import re
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
-from tests.layouts import LAYOUTS, ONE_RANK, Layout, ProbeResult
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import run_distributed
+from tests.layouts import LAYOUTS, ONE_RANK, Layout, ProbeResult, write_inputs
+from tests.runs import make_trainer, read_metrics, train, weights_digest
+from tests.tiny import CHARACTERS, SPECIAL_TOKENS, make_checkpoint, make_tokenizer
+from trb_megatron.loss import LossOutput
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
@@ -26,3 +40,210 @@ def test_realised_kl_follows_the_budget(probe_results: dict[Layout, ProbeResult]
         assert m["behavior/kl_per_sequence"] == pytest.approx(
             m["behavior/kl_per_token"] * m["rollout/response_length"]
         )
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("trainer"))
+
+
+def _unreachable(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("blending was reached")
+
+
+def _run_variants(config_file: Path, variants: dict[str, tuple[str, ...]]) -> dict[str, int]:
+    """Runs one after another on one rank; teacher calls of each. See `variant_runs`."""
+    calls = {}
+    for name, overrides in variants.items():
+        run_dir = config_file.parent / name
+        with ExitStack() as stack:
+            if name == "vanilla_without_blending_code":
+                for function in ("solve_behavior", "draw_tokens"):
+                    stack.enter_context(
+                        mock.patch(f"trb_megatron.rollout.{function}", _unreachable)
+                    )
+            trainer = make_trainer(config_file, (f"run.dir={run_dir}", *overrides))
+            trainer.train()
+            calls[name] = trainer.engine.num_teacher_calls
+    return calls
+
+
+FIVE_STEPS = ("training.steps=5", "checkpoint.every=100")
+VARIANTS = {
+    "vanilla": (*FIVE_STEPS, "behavior.kl_budget=0"),
+    "vanilla_without_blending_code": (*FIVE_STEPS, "behavior.kl_budget=0"),
+    "ended_warmup": (*FIVE_STEPS, "behavior.kl_budget=0.05", "behavior.warmup_steps=1"),
+    "own_teacher": (*FIVE_STEPS, "teacher.path={folder}/student", "behavior.warmup_steps=5"),
+    "own_teacher_full": (
+        *("training.steps=2", "teacher.path={folder}/student", "loss.name=reverse_kl_full"),
+        "loss.temperature=2.0",
+    ),
+    "supervised": (
+        *("training.task=supervised", "loss.name=cross_entropy", "training.steps=30"),
+        *("data.response_column=response", "optimizer.lr=0.01", "checkpoint.every=100"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def variant_runs(config_file: Path) -> dict[str, int]:
+    """Teacher calls of several whole runs, whose folders lie beside the configuration."""
+    variants = {
+        name: tuple(option.format(folder=config_file.parent) for option in options)
+        for name, options in VARIANTS.items()
+    }
+    return run_distributed(_run_variants, 1, config_file, variants, timeout_s=400)[0]
+
+
+def test_zero_budget_is_plain_distillation_bit_for_bit(
+    config_file: Path, variant_runs: dict[str, int]
+) -> None:
+    folder = config_file.parent
+    vanilla, without = (folder / n for n in ("vanilla", "vanilla_without_blending_code"))
+    assert weights_digest(vanilla / "hf") == weights_digest(without / "hf")
+    assert read_metrics(vanilla) == read_metrics(without)
+    assert variant_runs["vanilla"] == 0
+    assert weights_digest(vanilla / "hf") != weights_digest(folder / "student")
+
+
+def test_rollouts_after_the_warmup_do_not_call_the_teacher(
+    config_file: Path, variant_runs: dict[str, int]
+) -> None:
+    rows = read_metrics(config_file.parent / "ended_warmup")
+    assert [row["behavior/kl_budget"] for row in rows] == [0.05, 0, 0, 0, 0]
+    longest = 12  # rollout.max_response_tokens: one prefill and eleven decode steps
+    assert 0 < variant_runs["ended_warmup"] <= longest
+
+
+@pytest.mark.parametrize("name", ["own_teacher", "own_teacher_full"])
+def test_student_that_is_its_own_teacher_has_nothing_to_learn(
+    config_file: Path, variant_runs: dict[str, int], name: str
+) -> None:
+    for row in read_metrics(config_file.parent / name)[:1]:
+        assert abs(row["loss"]) < 1e-6
+        assert row["optim/grad_norm"] < 1e-5
+        assert row["behavior/kl_per_token"] < 1e-6
+        assert row["behavior/blend_coef"] == 1.0  # the teacher is within any budget
+
+
+def test_supervised_training_learns(config_file: Path, variant_runs: dict[str, int]) -> None:
+    losses = [row["loss"] for row in read_metrics(config_file.parent / "supervised")]
+    assert losses[-1] < 0.4 * losses[0]
+
+
+def _make_large_vocabulary(folder: Path) -> Path:
+    """Qwen's sizes: 151,669 ids; 151,936 rows for the student and 152,064 for the teacher."""
+    config_file = write_inputs(folder)
+    words = [f"w{i:x}" for i in range(151_669 - len(SPECIAL_TOKENS) - len(CHARACTERS))]
+    tokenizer = make_tokenizer([*CHARACTERS, *words])
+    for name, rows, tied in (("student", 151_936, True), ("teacher", 152_064, False)):
+        shutil.rmtree(folder / name)
+        make_checkpoint(
+            folder / name, num_layers=1, hidden_size=16, vocab_size=rows, tied=tied, scale=0.1
+        )
+        tokenizer.save_pretrained(folder / name)
+    return config_file
+
+
+def test_vocabularies_of_different_rows(tmp_path: Path) -> None:
+    config_file = _make_large_vocabulary(tmp_path)
+    train(
+        config_file,
+        2,
+        "parallel.tensor_model_parallel_size=2",
+        "training.steps=2",
+        "training.prompts_per_step=2",
+        "rollout.max_response_tokens=4",
+    )
+    run_dir = tmp_path / "run"
+    source = load_file(tmp_path / "student" / "model.safetensors")
+    export = load_file(run_dir / "hf" / "model.safetensors")
+    assert {name: t.shape for name, t in export.items()} == {n: t.shape for n, t in source.items()}
+    embedding = "model.embed_tokens.weight"
+    assert export[embedding].shape == (151_936, 16)
+    # Rows beyond the tokenizer take part in nothing: weight decay alone (two steps) moves them.
+    decay = (1 - 0.01 * 5e-4) * (1 - 0.01 * 1e-3)
+    torch.testing.assert_close(export[embedding][151_669:], source[embedding][151_669:] * decay)
+    assert not torch.equal(export[embedding][:151_669], source[embedding][:151_669])
+    for row in read_metrics(run_dir):
+        assert 0 < row["behavior/kl_per_token"] <= row["behavior/kl_budget"] * (1 + 1e-3)
+
+
+def _fail_with_nan(config_file: Path) -> list[str]:
+    """Messages of a NaN in the student's gradient and in its loss; nothing is updated."""
+    messages = []
+    trainer = make_trainer(config_file, (f"run.dir={config_file.parent}/nan",))
+    before = [param.detach().clone() for param in trainer.models.student.parameters()]
+    loss = trainer._loss
+
+    def spoil_gradient(hidden: torch.Tensor, microbatch: Any) -> Any:
+        hidden.register_hook(lambda grad: grad * torch.nan)
+        return loss(hidden, microbatch)
+
+    def spoil_loss(hidden: torch.Tensor, microbatch: Any) -> Any:
+        with mock.patch.dict(
+            "trb_megatron.trainer.LOSSES", {"reverse_kl_topk": _nan_loss}, clear=True
+        ):
+            return loss(hidden, microbatch)
+
+    for spoil in (spoil_gradient, spoil_loss):
+        with mock.patch.object(trainer, "_loss", spoil), pytest.raises(RuntimeError) as caught:
+            trainer.train_step()
+        messages.append(str(caught.value))
+    after = list(trainer.models.student.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return messages
+
+
+def _nan_loss(student_logits_NU: torch.Tensor, *args: Any, **kwargs: Any) -> LossOutput:
+    return LossOutput(student_logits_NU.sum(dim=-1) * torch.nan, {})
+
+
+def test_non_finite_loss_or_gradient_stops_before_the_update(config_file: Path) -> None:
+    gradient, loss = run_distributed(_fail_with_nan, 1, config_file)[0]
+    assert gradient == "step 0: the gradient of rank 0 is not finite; nothing was updated"
+    assert loss == "step 0: the loss of rank 0 is not finite; nothing was updated"
+
+
+def _construct_all(config_file: Path, cases: tuple[tuple[str, ...], ...]) -> list[tuple[str, bool]]:
+    """For each set of overrides: the error of set-up, and whether the run folder was made."""
+    run_dir = config_file.parent / "refused"
+    found = []
+    for overrides in cases:
+        with pytest.raises(ValueError) as caught:
+            make_trainer(config_file, (f"run.dir={run_dir}", *overrides))
+        found.append((str(caught.value), run_dir.exists()))
+    return found
+
+
+def test_impossible_runs_are_refused_before_anything_is_written(config_file: Path) -> None:
+    folder = config_file.parent
+    other = make_checkpoint(folder / "other_tokenizer", vocab_size=72)
+    make_tokenizer(CHARACTERS[::-1]).save_pretrained(other)
+    truncated = make_checkpoint(folder / "truncated")
+    file = truncated / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    unending = make_checkpoint(folder / "unending")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((unending / name).read_text())
+        values.pop("eos_token_id", None)
+        (unending / name).write_text(json.dumps(values))
+    broken = folder / "broken.jsonl"
+    broken.write_text('{"prompt": "1+1=?", "answer": "2"}\n{"prompt": \n')
+    cases = {
+        (f"teacher.path={other}",): r"different tokenizers: id 3 is '0'.* and '\?'",
+        (f"student.path={truncated}",): r"truncated/model\.safetensors: truncated or corrupt",
+        (f"student.path={unending}",): r"no eos_token_id in .*unending",
+        (f"data.path={broken}",): r"broken\.jsonl:2",
+        ("teacher.path=/nowhere",): r"/nowhere: no such model folder",
+        ("loss.top_k=55",): r"loss\.top_k=55 exceeds the vocabulary of 54 ids",
+        (
+            "rollout.max_response_tokens=100",
+        ): r"max_response_tokens = 148 exceeds the 128 positions",
+        ("rollout.stop_ids=[60]",): r"stop id 60 is not in the tokenizer",
+        ("data.max_prompt_tokens=3",): r"all 12 are longer than max_prompt_tokens=3",
+    }
+    found = run_distributed(_construct_all, 1, config_file, tuple(cases))[0]
+    for (message, wrote), pattern in zip(found, cases.values(), strict=True):
+        assert re.search(pattern, message), f"{pattern!r} is not in {message!r}"
+        assert not wrote, message

@@ -1,6 +1,7 @@
 """Tiny HF checkpoints with real tokenizers, written by transformers, for tests."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ CHAT_TEMPLATE = (
 TOKENIZER_SIZE = len(SPECIAL_TOKENS) + len(CHARACTERS)
 
 
-def make_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
-    """One token per character, and three special tokens."""
+def make_tokenizer(characters: Sequence[str] = CHARACTERS) -> PreTrainedTokenizerFast:
+    """Three special tokens, then one token for each of `characters`."""
     vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *characters])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")

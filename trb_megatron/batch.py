@@ -1,7 +1,7 @@
 """Rollouts, and the padded microbatches that training reads.
 
-Shapes: B sequences, T positions. The label shift is done once, here: `loss_mask_BT[b, t]` is set where
-the model at position t predicts a sampled token, which `labels_BT[b, t]` holds.
+Shapes: B sequences, T positions. The label shift is done once, here: `loss_mask_BT[b, t]` is set
+where the model at position t predicts a sampled token, which `labels_BT[b, t]` holds.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class TokenRecord:
     """What was known when each response token was drawn; one entry per response token.
 
     Attributes:
-        student_logprobs, teacher_logprobs, behavior_logprobs: of the drawn token, under the aligned,
-            temperature-scaled distributions; the teacher's are NaN where it was not asked.
+        student_logprobs, teacher_logprobs, behavior_logprobs: of the drawn token, under the
+            aligned, temperature-scaled distributions; the teacher's are NaN where it was not asked.
         blend_coef: beta of the behavior policy, 0 for the student.
         kl_student: KL(behavior || student) at this prefix, in nats.
     """
@@ -84,7 +84,10 @@ def build_microbatch(
     longest = max(len(rollout) for rollout in rollouts) - 1
     num_positions = -(-longest // length_multiple) * length_multiple
     shape = (len(rollouts), num_positions)
-    tokens_BT, labels_BT = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    tokens_BT, labels_BT = (
+        torch.zeros(shape, dtype=torch.long),
+        torch.zeros(shape, dtype=torch.long),
+    )
     loss_mask_BT = torch.zeros(shape, dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
         sequence = torch.tensor(rollout.prompt_ids + rollout.response_ids)
@@ -105,7 +108,7 @@ def build_microbatches(
     device: torch.device,
     length_multiple: int = 1,
 ) -> list[Microbatch]:
-    """Cut rollouts into microbatches of at most `max_tokens` padded tokens, similar lengths together.
+    """Cut rollouts into microbatches of at most `max_tokens` padded tokens, alike lengths together.
 
     A rollout that is longer than the budget gets a microbatch of its own.
     """

@@ -1,8 +1,8 @@
 """Training checkpoints: written beside and renamed into place, resumed at any parallel layout.
 
-A checkpoint is a folder `checkpoints/step_N` of `megatron.core.dist_checkpointing` files (student and
-optimizer) plus `training_state.json`. N is the number of updates done. A folder with that name is
-complete; one that is being written is called `step_N.partial`.
+A checkpoint is a folder `checkpoints/step_N` of `megatron.core.dist_checkpointing` files (student
+and optimizer) plus `training_state.json`. N is the number of updates done. A folder with that name
+is complete; one that is being written is called `step_N.partial`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from trb_megatron.models import HiddenStateGPTModel
 from trb_megatron.optimizer import load_optimizer_state
 
 STATE_FILE = "training_state.json"
@@ -27,7 +29,7 @@ _CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class TrainingCheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read; the message names it and the last good one."""
+    """A checkpoint that could not be written or read; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,22 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
         if (match := re.fullmatch(r"step_(\d+)", folder.name)) and folder.is_dir()
     }
     return [found[step] for step in sorted(found)]
+
+
+def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
+    """The checkpoint of a step, or the newest.
+
+    Raises:
+        TrainingCheckpointError: there is none; names those that exist.
+    """
+    found = {folder.name: folder for folder in find_checkpoints(run_dir)}
+    name = f"step_{step}" if step is not None else next(reversed(found), "")
+    if name not in found:
+        raise TrainingCheckpointError(
+            f"{run_dir / 'checkpoints'}: no checkpoint {name or 'at all'}; "
+            f"found: {', '.join(found) or 'none'}"
+        )
+    return found[name]
 
 
 def read_training_state(checkpoint: Path) -> TrainingState:
@@ -152,22 +170,25 @@ def load_checkpoint(
     Collective over all ranks.
 
     Raises:
-        TrainingCheckpointError: it was written by a newer Megatron-Core than this one.
+        TrainingCheckpointError: the checkpoint cannot be read.
     """
-    if not (checkpoint / "common.pt").is_file() and not _reads_without_common():
-        raise TrainingCheckpointError(
-            f"{checkpoint}: no common.pt; it was written by a newer megatron-core, "
-            "which this version cannot read: upgrade megatron-core"
-        )
-    state = dist_checkpointing.load(
-        _sharded_state(student, optimizer, is_loading=True), str(checkpoint)
-    )
+    state = _load(checkpoint, _sharded_state(student, optimizer, is_loading=True))
     student.module.load_state_dict(state["model"])
     load_optimizer_state(optimizer, state["optimizer"])
 
 
-def _reads_without_common() -> bool:
-    """megatron-core 0.19 and later keep the common state inside the distributed files."""
-    from megatron.core.package_info import MAJOR, MINOR
+def load_student(checkpoint: Path, student: HiddenStateGPTModel) -> None:
+    """Load only the student's weights. Collective over all ranks; errors as `load_checkpoint`."""
+    model_state = student.sharded_state_dict(metadata=_CONTENT)
+    student.load_state_dict(_load(checkpoint, {"model": model_state})["model"])
 
-    return (MAJOR, MINOR) >= (0, 17)
+
+def _load(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(sharded_state, str(checkpoint))
+    except (CheckpointingException, OSError) as error:
+        hint = ""
+        if not (checkpoint / "common.pt").is_file():
+            # megatron-core 0.19 stopped writing this file, which 0.16 needs.
+            hint = "; common.pt is missing: was it written by a newer megatron-core than this one?"
+        raise TrainingCheckpointError(f"{checkpoint}: cannot be loaded ({error}){hint}") from error

@@ -1,8 +1,8 @@
 """What Megatron-Core needs in order to run where there is no CUDA.
 
-Megatron-Core asks torch.cuda for devices, streams and generators in a few places that a CPU run passes
-through (data-parallel buffers, point-to-point communication, gradient clipping, checkpoints).
-`install` answers those calls for the CPU. On a machine with CUDA it does nothing.
+Megatron-Core asks torch.cuda for devices, streams and generators in a few places that a CPU run
+passes through (data-parallel buffers, point-to-point communication, gradient clipping,
+checkpoints). `install` answers those calls for the CPU. On a machine with CUDA it does nothing.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-
 from typing import TypeVar
 
 import torch
@@ -127,11 +129,27 @@ def initialize(config: ParallelConfig, *, seed: int = 0) -> ParallelLayout:
     )
 
 
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End the process with one readable line where set-up finds something that a user must change.
+
+    Every rank finds the same; rank 0 says it. The exit status is 2.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
 def _silence_megatron() -> None:
     """Hide warnings that Megatron causes and a user can do nothing about."""
     warnings.filterwarnings("ignore", module=r"megatron\.")  # optional packages it does without
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings(
+        "ignore", message=r"The \.grad attribute of a Tensor that is not a leaf"
+    )
 
 
 def shutdown() -> None:

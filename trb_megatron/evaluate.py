@@ -28,7 +28,7 @@ differences between two of them are the student's."""
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right (Chen et al., arXiv 2107.03374).
+    """Unbiased chance that one of k samples is right (Chen et al., arXiv 2107.03374, equation 1).
 
     1 - C(n - c, k) / C(n, k) for c right answers among n samples; for k = 1 it is c / n.
     """
@@ -52,6 +52,13 @@ class EvaluationResult:
     stop_fraction: float
     num_problems: int
     num_samples: int
+
+    def __str__(self) -> str:
+        scores = ", ".join(f"pass@{k} {100 * value:.1f} %" for k, value in self.pass_at.items())
+        return (
+            f"{scores} ({self.num_problems} problems x {self.num_samples}, "
+            f"{self.response_length:.1f} tokens, {100 * self.stop_fraction:.0f} % stopped)"
+        )
 
     def metrics(self, name: str) -> dict[str, float]:
         """The result as metrics `eval/<name>/...`."""
@@ -163,22 +170,30 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Evaluate `student.path` on every set and print the metrics as a JSON object."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return
-    config = load_config(arguments[0], arguments[1:])
-    layout = distributed.initialize(config.parallel, seed=config.run.seed)
-    models = ModelPair.load(config, layout, with_teacher=False)
+    with distributed.user_errors():
+        config = load_config(arguments[0], arguments[1:])
+        if not config.evaluation.sets:
+            raise ValueError("evaluation.sets is empty: name at least one problem file")
+        layout = distributed.initialize(config.parallel, seed=config.run.seed)
+        models = ModelPair.load(config, layout, with_teacher=False)
     engine = RolloutEngine(models.student, None, layout, config.rollout)
     with start_reward_workers(config.rewards, layout) as rewards:
-        results = Evaluator(config, models, engine, rewards, layout).evaluate()
+        with distributed.user_errors():
+            evaluator = Evaluator(config, models, engine, rewards, layout)
+        results = evaluator.evaluate()
     if distributed.is_rank_zero():
-        metrics = {k: v for name, result in results.items() for k, v in result.metrics(name).items()}
+        metrics = {
+            k: v for name, result in results.items() for k, v in result.metrics(name).items()
+        }
         print(json.dumps(metrics, indent=2))
     distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

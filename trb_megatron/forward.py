@@ -21,7 +21,7 @@ from trb_megatron.kv_cache import PagedKVCache, RaggedBatch
 from trb_megatron.models import HiddenStateGPTModel
 
 LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
-"""(gathered hidden states at the loss positions [N, H], microbatch) -> (sum of the loss, metrics)."""
+"""(gathered hidden states at the loss positions [N, H], microbatch) -> (loss sum, metrics)."""
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and, where there is one, the tensor."""
+    """A checkpoint that cannot be used; the message names the file and the tensor."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -36,11 +36,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class HFTensors:
-    """The safetensors files of a checkpoint folder, memory-mapped; nothing is read before it is sliced.
+    """The safetensors files of a checkpoint folder, memory-mapped and read where they are sliced.
 
     Raises:
-        CheckpointError: no safetensors, an index that names a missing file or tensor, or a truncated
-            or corrupt file.
+        CheckpointError: no safetensors, an index that names a missing file or tensor, or a
+            truncated or corrupt file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,18 +96,17 @@ class HFTensors:
             dtype = self.slice(name).get_dtype()
             if dtype not in DTYPES:
                 raise CheckpointError(
-                    f"{self.path}: tensor {name} has type {dtype}; only fp32, fp16 and bf16 weights "
-                    "can be loaded (dequantise the checkpoint first)"
+                    f"{self.path}: tensor {name} has type {dtype}; only fp32, fp16 and bf16 "
+                    "weights can be loaded (dequantise the checkpoint first)"
                 )
         return DTYPES[self.slice(min(self.names)).get_dtype()]
 
-    def check(self, expected: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse a checkpoint that lacks a tensor or has one of another shape.
 
         Raises:
             CheckpointError: names all missing tensors, or the first of a wrong shape.
         """
-        expected = dict(expected)
         missing = sorted(set(expected) - self.names)
         if missing:
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")

@@ -29,7 +29,7 @@ _FUSED_NORMS = {
 def mapped_parameters(
     model: HiddenStateGPTModel, config: HFModelConfig
 ) -> Iterator[tuple[str, torch.nn.Parameter, MappedParam]]:
-    """Each parameter of this rank with its canonical name (layers counted globally) and HF tensors."""
+    """Each parameter of this rank, its canonical name (layers counted globally), its HF tensors."""
     mapping = map_params(config.family, config.shape(model.vocab_size))
     first_layer = model.decoder.layers[0].layer_number - 1
     for local_name, param in model.named_parameters():
@@ -56,9 +56,11 @@ def load_hf_weights(
     tensors.dtype()
     mapping = map_params(config.family, config.shape(model.vocab_size))
     tensors.check(
-        (name, shape)
-        for param in mapping.values()
-        for name, shape in zip(param.hf_names, param.hf_shapes, strict=True)
+        {
+            name: shape
+            for param in mapping.values()
+            for name, shape in zip(param.hf_names, param.hf_shapes, strict=True)
+        }
     )
     for _, param, mapped in mapped_parameters(model, config):
         hf = [tensors.slice(name) for name in mapped.hf_names]

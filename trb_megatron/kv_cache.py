@@ -1,12 +1,13 @@
 """A paged, ragged key/value cache that Megatron's attention accepts as its inference context.
 
-Sequences of different lengths are packed into one row of tokens. Each cache *slot* holds one sequence;
-its tokens live in pages of `page_tokens` tokens that are handed out as the sequence grows, so the memory
-in use follows the real lengths. Student and teacher share one `PageTable` (a sequence has the same
-tokens in both) and have a `PagedKVCache` each, since their depths and widths differ.
+Sequences of different lengths are packed into one row of tokens. Each cache *slot* holds one
+sequence; its tokens live in pages of `page_tokens` tokens that are handed out as the sequence
+grows, so the memory in use follows the real lengths. Student and teacher share one `PageTable` (a
+sequence has the same tokens in both) and have a `PagedKVCache` each, since their depths and widths
+differ.
 
-Shapes: S sequences of a batch, N packed new tokens, P pages of a sequence, g key/value heads of this
-tensor-parallel rank, d head size.
+Shapes: S sequences of a batch, N packed new tokens, P pages of a sequence, g key/value heads of
+this tensor-parallel rank, d head size.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class PageTable:
     """Which pages belong to which slot.
 
     There are enough pages for every slot to grow to `max_tokens`, so a sequence that was admitted
-    always fits; pages are still handed out on demand, lowest first, so that those in use stay dense.
+    always fits; pages are still handed out on demand, lowest first, so that those in use stay
+    dense.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class PagedKVCache:
         cp_group: Any,
         **_: Any,
     ) -> Tensor:
-        """Rotate [N, 1, heads, d] by the position of each token; `rotary` is [max_tokens, 1, 1, d]."""
+        """Rotate [N, 1, heads, d] by each token's position; `rotary` is [max_tokens, 1, 1, d]."""
         return apply_rotary_pos_emb(
             query, rotary[self.batch.positions_N], config=config, cp_group=cp_group
         )
@@ -211,10 +213,11 @@ def paged_attention(
     max_query_length: int,
     softmax_scale: float,
 ) -> Tensor:
-    """Causal attention of packed new tokens over each sequence's cached tokens, portable to any device.
+    """Causal attention of packed new tokens over each sequence's cached tokens, on any device.
 
     The i-th of m new tokens of a sequence of length l (new ones included) sees positions up to
-    l - m + i. Queries are padded to [S, max_query_length] and keys gathered to [S, P * page_tokens].
+    l - m + i. Queries are padded to [S, max_query_length] and keys gathered to [S, P *
+    page_tokens].
 
     Args:
         query_N1hd: packed queries; rows beyond the last cumulative length are padding.
@@ -233,9 +236,7 @@ def paged_attention(
         query_Sqhd = query_N1hd[:num_tokens]
     else:
         is_new_Sq = step_q < query_lengths_S[:, None]
-        query_Sqhd = query_N1hd.new_zeros(
-            num_sequences, max_query_length, *query_N1hd.shape[2:]
-        )
+        query_Sqhd = query_N1hd.new_zeros(num_sequences, max_query_length, *query_N1hd.shape[2:])
         query_Sqhd[is_new_Sq] = query_N1hd[:num_tokens, 0]
 
     last_visible_Sq = (kv_lengths_S - query_lengths_S)[:, None] + step_q

@@ -35,7 +35,7 @@ class ModelPair:
         tokenizer: the student's; the teacher's gives the same ids.
         tokenizer_size: highest token id + 1, the support of every distribution.
         student_stop_ids: ids that end a response, the student's own.
-        alignment: the stop events of both models; None without a teacher or when they are the same.
+        alignment: the stop events of both models (the student's twice without a teacher).
     """
 
     student: HiddenStateGPTModel
@@ -45,7 +45,7 @@ class ModelPair:
     tokenizer: PreTrainedTokenizerFast
     tokenizer_size: int
     student_stop_ids: tuple[int, ...]
-    alignment: StopAlignment | None
+    alignment: StopAlignment
 
     @classmethod
     def load(
@@ -88,7 +88,7 @@ class ModelPair:
             + ", ".join(f"{c.vocab_size:,}" for c in configs)
             + f" padded to {vocab_size:,}"
         )
-        if alignment is not None and not alignment.is_trivial:
+        if teacher_path is not None and not alignment.is_trivial:
             say(
                 f"stop ids: student {list(alignment.student_ids)}, teacher "
                 f"{list(alignment.teacher_ids)}, merged into {alignment.stop_id}"
@@ -118,8 +118,8 @@ class ModelPair:
             teacher_config=teacher_config,
             tokenizer=tokenizer,
             tokenizer_size=size,
-            student_stop_ids=config.rollout.stop_ids or stop_ids(student_path),
-            alignment=None if alignment is None or alignment.is_trivial else alignment,
+            student_stop_ids=alignment.student_ids,
+            alignment=alignment,
         )
 
     def check_length(self, num_tokens: int, what: str, *, student_only: bool = False) -> None:
@@ -134,10 +134,10 @@ class ModelPair:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response, without special tokens."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def _align(config: Config, teacher_path: Path | None, size: int) -> StopAlignment | None:
+def _align(config: Config, teacher_path: Path | None, size: int) -> StopAlignment:
     """The stop events of both models, `rollout.stop_ids` overriding both."""
     student_ids = config.rollout.stop_ids or stop_ids(config.student.path)
     teacher_ids = student_ids
@@ -149,4 +149,4 @@ def _align(config: Config, teacher_path: Path | None, size: int) -> StopAlignmen
                 f"stop id {token_id} is not in the tokenizer, whose highest id is {size - 1}; "
                 "correct generation_config.json or rollout.stop_ids"
             )
-    return None if teacher_path is None else StopAlignment(student_ids, teacher_ids)
+    return StopAlignment(student_ids, teacher_ids)

@@ -39,7 +39,7 @@ from trb_megatron.kv_cache import paged_attention
 from trb_megatron.param_mapping import FAMILIES, ModelShape
 
 VOCAB_MULTIPLE = 128
-"""Padded vocabularies are multiples of this and of TP, so that power-of-two TP sizes agree on it."""
+"""Padded vocabularies are multiples of this and of TP: power-of-two TP sizes agree on it."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,7 @@ class PagedSelfAttention(SelfAttention):
         **_: Any,
     ) -> Tensor:
         scale = self.config.softmax_scale or self.hidden_size_per_attention_head**-0.5
-        return paged_attention(
-            q, k, v, cu_seqlens_q, seqlens_k, block_table, max_seqlen_q, scale
-        )
+        return paged_attention(q, k, v, cu_seqlens_q, seqlens_k, block_table, max_seqlen_q, scale)
 
 
 class HiddenStateGPTModel(GPTModel):
@@ -244,7 +242,7 @@ def check_layout(config: HFModelConfig, tp_size: int, pp_size: int) -> None:
 
 
 def _pipeline_layout(num_layers: int, pp_size: int) -> str | None:
-    """Megatron's layout string where PP doesn't divide the layers: the first stages take one more."""
+    """Megatron's layout string where PP doesn't divide the layers: first stages take one more."""
     if num_layers % pp_size == 0:
         return None
     counts = [num_layers // pp_size + (s < num_layers % pp_size) for s in range(pp_size)]
@@ -354,7 +352,7 @@ def build_model(
         post_process=layout.is_last_stage,
         share_embeddings_and_output_weights=config.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=config.rope_theta,  # type: ignore[arg-type]
+        rotary_base=config.rope_theta,
     )
     _mark_tensor_parallel(model)
     return model.to(device=layout.device, dtype=dtype)

@@ -25,9 +25,7 @@ def learning_rate_at(step: int, lr: float, warmup_steps: int) -> float:
     return lr * 0.5 * (1.0 - math.cos(math.pi * (step + 1) / warmup_steps))
 
 
-def wrap_student(
-    model: HiddenStateGPTModel, config: OptimizerConfig
-) -> DistributedDataParallel:
+def wrap_student(model: HiddenStateGPTModel, config: OptimizerConfig) -> DistributedDataParallel:
     """Give the student fp32 gradient buffers that are reduced over the data-parallel group."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

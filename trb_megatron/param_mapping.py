@@ -1,15 +1,16 @@
 """Hugging Face tensors and Megatron parameters: one table per model family.
 
-A family is a tuple of rows (Megatron name, kind, HF names); `{i}` stands for the layer, counted over the
-whole model. The kind says how the HF tensors are laid out inside the Megatron parameter and how that
-parameter is cut over tensor-parallel (TP) ranks. With h = hidden size, d = head size, n = attention
-heads, g = query groups, f = feed-forward size:
+A family is a tuple of rows (Megatron name, kind, HF names); `{i}` stands for the layer, counted
+over the whole model. The kind says how the HF tensors are laid out inside the Megatron parameter
+and how that parameter is cut over tensor-parallel (TP) ranks. With h = hidden size, d = head size,
+n = attention heads, g = query groups, f = feed-forward size:
 
-- grouped QKV. HF: q [n*d, h], k [g*d, h], v [g*d, h]. Megatron: rows ordered by query group, each group
-  holding its n/g query heads, then its key head, then its value head: [g * (n/g + 2) * d, h]. A TP rank
-  owns g/tp whole groups, so its rows are one contiguous run of each HF tensor, interleaved.
-- gate/up. HF: gate [f, h], up [f, h]. Megatron: a TP rank holds its f/tp gate rows, then its f/tp up
-  rows. The concatenation happens per rank, never over the whole matrix.
+- grouped QKV. HF: q [n*d, h], k [g*d, h], v [g*d, h]. Megatron: rows ordered by query group, each
+  group holding its n/g query heads, then its key head, then its value head: [g * (n/g + 2) * d, h].
+  A TP rank owns g/tp whole groups, so its rows are one contiguous run of each HF tensor,
+  interleaved.
+- gate/up. HF: gate [f, h], up [f, h]. Megatron: a TP rank holds its f/tp gate rows, then its f/tp
+  up rows. The concatenation happens per rank, never over the whole matrix.
 """
 
 from __future__ import annotations
@@ -79,9 +80,7 @@ def _replicated(size: Callable[[ModelShape], int]) -> Kind:
     )
 
 
-def _read_vocab(
-    hf: Sequence[TensorSlice], shape: ModelShape, tp_rank: int, tp_size: int
-) -> Tensor:
+def _read_vocab(hf: Sequence[TensorSlice], shape: ModelShape, tp_rank: int, tp_size: int) -> Tensor:
     part = _part(shape.padded_vocab_size, tp_rank, tp_size)
     rows = hf[0][min(part.start, shape.hf_vocab_size) : min(part.stop, shape.hf_vocab_size)]
     padding = rows.new_zeros(part.stop - part.start - rows.shape[0], shape.hidden_size)
@@ -230,8 +229,8 @@ class MappedParam:
 def map_params(family: str, shape: ModelShape) -> dict[str, MappedParam]:
     """Every Megatron parameter name of a model, layers counted globally, with its HF tensors.
 
-    With tied embeddings `output_layer.weight`, which only a last pipeline stage of its own holds, maps
-    to the embedding's HF tensor.
+    With tied embeddings `output_layer.weight`, which only a last pipeline stage of its own holds,
+    maps to the embedding's HF tensor.
     """
     return dict(_expand(FAMILIES[family], shape))
 

@@ -1,9 +1,10 @@
 """Sampling responses: continuous batching over a paged cache, student and teacher in step.
 
-A `RolloutEngine` belongs to one model replica (the ranks of one TP x PP group). Each of its steps runs
+A `RolloutEngine` belongs to one model replica (the ranks of one TP x PP group). Each of its steps
+runs
 a group of sequences: either the prompts that were just admitted (prefill), or one token of every
-sequence in flight (decode). Finished sequences leave their slot and waiting prompts enter. Which token
-is drawn is a *policy*'s decision; the engine does not know how a policy chooses.
+sequence in flight (decode). Finished sequences leave their slot and waiting prompts enter. Which
+token is drawn is a *policy*'s decision; the engine does not know how a policy chooses.
 
 Shapes: S sequences of a step, N packed tokens, U this rank's vocabulary shard.
 """
@@ -186,10 +187,11 @@ class _Sequence:
 
     request: Request
     number: int
-    slot: int | None = None
+    slot: int = -1
     cached: int = 0
     response_ids: list[int] = field(default_factory=list)
     stopped: bool = False
+    finished: bool = False
 
     @property
     def new_ids(self) -> tuple[int, ...] | list[int]:
@@ -271,7 +273,10 @@ class _Run:
             assert engine.teacher is not None, "this policy needs a teacher"
             models.append(engine.teacher)
         self.models = [
-            (model, PagedKVCache(model.config, len(model.decoder.layers), self.page_table, max_tokens))
+            (
+                model,
+                PagedKVCache(model.config, len(model.decoder.layers), self.page_table, max_tokens),
+            )
             for model in models
         ]
 
@@ -304,15 +309,12 @@ class _Run:
             sequence.cached += len(sequence.new_ids)
             sequence.response_ids.append(token_id)
             sequence.stopped = token_id in self.sampling.stop_ids
-            if sequence.stopped or len(sequence.response_ids) == self.sampling.max_response_tokens:
-                self._retire(sequence)
-        self.active = [sequence for sequence in self.active if sequence.slot is not None]
-
-    def _retire(self, sequence: _Sequence) -> None:
-        assert sequence.slot is not None
-        self.page_table.release(sequence.slot)
-        self.free_slots.append(sequence.slot)
-        sequence.slot = None
+            is_full = len(sequence.response_ids) == self.sampling.max_response_tokens
+            sequence.finished = sequence.stopped or is_full
+            if sequence.finished:
+                self.page_table.release(sequence.slot)
+                self.free_slots.append(sequence.slot)
+        self.active = [sequence for sequence in self.active if not sequence.finished]
 
     def _forward_last(
         self, model: HiddenStateGPTModel, cache: PagedKVCache, batch: RaggedBatch, tokens_N: Tensor
@@ -327,7 +329,7 @@ class _Run:
             return model.project(hidden_NH[batch.query_lengths_S.cumsum(0) - 1])
 
     def _draw(self, group: list[_Sequence], logits_SU: list[Tensor | None]) -> list[int]:
-        """The last stage draws and records; the others learn the tokens by a broadcast (PP group)."""
+        """The last stage draws and records; a broadcast (PP group) tells the others the tokens."""
         layout = self.engine.layout
         if layout.is_last_stage:
             key_3S = torch.tensor(

@@ -10,25 +10,29 @@ from __future__ import annotations
 import sys
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the training job that the arguments describe."""
     # Checkpoint writers are spawned processes that import this module again: keep that light.
     from trb_megatron import distributed
     from trb_megatron.config import load_config
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return
-    config = load_config(arguments[0], arguments[1:])
-    layout = distributed.initialize(config.parallel, seed=config.run.seed)
+    with distributed.user_errors():
+        config = load_config(arguments[0], arguments[1:])
+        layout = distributed.initialize(config.parallel, seed=config.run.seed)
 
     from trb_megatron.evaluate import start_reward_workers
     from trb_megatron.trainer import Trainer
 
     with start_reward_workers(config.rewards, layout) as rewards:
-        Trainer(config, layout, rewards).train()
+        with distributed.user_errors():
+            trainer = Trainer(config, layout, rewards)
+        trainer.train()
     distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -81,8 +81,8 @@ class NonFiniteError(RuntimeError):
 class Trainer:
     """A run: models, optimizer, prompts, and where in them it stands.
 
-    Construction loads everything, refuses what cannot work, and continues from the newest checkpoint
-    of `config.run.dir` if there is one. All methods are collective over all ranks.
+    Construction loads everything, refuses what cannot work, and continues from the newest
+    checkpoint of `config.run.dir` if there is one. All methods are collective over all ranks.
 
     Args:
         rewards: grading processes on the leader of each replica, None on other ranks.
@@ -118,9 +118,7 @@ class Trainer:
             f"{self.prompt_set.num_dropped:,} longer than {config.data.max_prompt_tokens} tokens "
             "dropped"
         )
-        self.order = PromptOrder(
-            len(self.prompt_set.prompts), config.run.seed, config.data.shuffle
-        )
+        self.order = PromptOrder(len(self.prompt_set.prompts), config.run.seed, config.data.shuffle)
 
         self.student = wrap_student(self.models.student, config.optimizer)
         self.optimizer = build_optimizer(
@@ -135,6 +133,7 @@ class Trainer:
         self.step = 0
         self.prompt_position = 0
         self._resume()
+        _write_run_folder(config)
 
     # ------------------------------------------------------------------ the loop
 
@@ -147,9 +146,9 @@ class Trainer:
             while self.step < config.training.steps:
                 metrics = self.train_step()
                 is_last = self.step == config.training.steps
-                if self.step % config.evaluation.every == 0 or is_last:
-                    if not is_last or config.evaluation.at_end:
-                        metrics |= self._evaluate(log)
+                is_due = self.step % config.evaluation.every == 0
+                if config.evaluation.at_end if is_last else is_due:
+                    metrics |= self._evaluate(log)
                 log.record(self.step, metrics)
                 if self.step % config.checkpoint.every == 0 or is_last:
                     self._save()
@@ -192,9 +191,7 @@ class Trainer:
         if not self.is_distilling:
             return 0.0
         behavior = self.config.behavior
-        return kl_budget_at(
-            self.step, behavior.kl_budget, behavior.warmup_steps, behavior.schedule
-        )
+        return kl_budget_at(self.step, behavior.kl_budget, behavior.warmup_steps, behavior.schedule)
 
     def _next_prompts(self) -> list[Prompt]:
         count = self.config.training.prompts_per_step
@@ -273,14 +270,16 @@ class Trainer:
         student_logits_NU = student.project(hidden_NH) / loss.temperature
         teacher_logits_NU = None
         if teacher is not None:
+            assert microbatch.teacher_hidden_NH is not None
             with torch.no_grad():
-                teacher_logits_NU = teacher.project(microbatch.teacher_hidden_NH) / loss.temperature
-        if alignment is not None:
+                teacher_logits_NU = align_stop_ids(
+                    teacher.project(microbatch.teacher_hidden_NH) / loss.temperature,
+                    alignment.teacher_ids,
+                    alignment,
+                    tp_group=tp_group,
+                )
             student_logits_NU = align_stop_ids(
                 student_logits_NU, alignment.student_ids, alignment, tp_group=tp_group
-            )
-            teacher_logits_NU = align_stop_ids(
-                teacher_logits_NU, alignment.teacher_ids, alignment, tp_group=tp_group
             )
         veto_remaining = 1.0 - self.step / self.config.training.steps
         output = LOSSES[loss.name](
@@ -299,7 +298,7 @@ class Trainer:
         return loss_sum, {"loss": loss_sum.detach(), **sums}
 
     def _finalize_gradients(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
-        """Stop on a non-finite loss or gradient while it is still known whose it is, then reduce."""
+        """Stop on a non-finite loss or gradient while it is known whose it is, then reduce."""
         problem = None
         if not self._loss_is_finite:
             problem = "loss"
@@ -495,14 +494,17 @@ def _stop_if_any(problem: str | None, step: int) -> None:
 
 
 def _check_run_folder(config: Config) -> None:
-    """Refuse the run folder of another configuration; else record this one in it."""
+    """Refuse the run folder of another configuration."""
     file = config.run.dir / "config.yaml"
     if file.is_file():
         _check_same_run(config.run.dir, load_config(file), config)
-    dist.barrier()
+
+
+def _write_run_folder(config: Config) -> None:
+    """Record the resolved configuration and the commit; rank 0 writes."""
     if is_rank_zero():
         config.run.dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, file)
+        save_config(config, config.run.dir / "config.yaml")
         (config.run.dir / "commit.json").write_text(json.dumps({"commit": git_commit()}) + "\n")
 
 

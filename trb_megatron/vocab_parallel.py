@@ -241,7 +241,7 @@ def sample_inverse_cdf(
     total_N = upper_RN[-1]
     raise_at_row(~((total_N > 0) & (total_N < torch.inf)), "sampling weights have no finite sum")
     target_N = uniforms_N.double() * total_N
-    # Rounding may put the target on the total: it then belongs to the last shard with any mass.
+    # A uniform rounded up to 1 belongs to the last shard, and there to the last id, with any mass.
     owner_N = torch.minimum((upper_RN <= target_N).sum(dim=0), _last_true((sum_RN > 0).T))
     lower_N = upper_RN.gather(0, owner_N[None])[0] - sum_RN.gather(0, owner_N[None])[0]
     rank = 0 if tp_group is None else dist.get_rank(tp_group)
@@ -253,10 +253,10 @@ def sample_inverse_cdf(
 
 def _find_column(weights_MU: Tensor, target_M: Tensor) -> Tensor:
     cumulative_MU = weights_MU.cumsum(dim=-1, dtype=torch.float64)
+    # A parallel cumulative sum can rise by rounding at a weight of zero.
     positive_MU = weights_MU > 0
     beyond_MU = (cumulative_MU > target_M[:, None]) & positive_MU
     first_M = beyond_MU.byte().argmax(dim=-1)
-    # As for shards: a target that rounding puts on the sum belongs to the last positive weight.
     return torch.where(beyond_MU.any(dim=-1), first_M, _last_true(positive_MU))
 
 

@@ -1,0 +1,75 @@
+# make demo       run the main job on small models: evaluate, distil, evaluate, export
+# make test       run the tests that need no GPU, except slow ones
+# make test-slow  run the slow ones, too
+# make test-gpu   run the tests that need a GPU
+# make lint       check style and types
+#
+# Each target first creates .venv and installs into it, unless that is done. Options:
+#   PYTHON=python3.12   the interpreter to build .venv with
+#   VENV=path           another place for the environment
+#   TORCH=torch==2.9.0  the torch to install where there is none
+
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTHON ?= $(shell $(FIND_PYTHON))
+RUN := $(VENV)/bin/python
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow test-gpu lint install
+
+demo: install
+	$(RUN) launch/demo.py
+
+test: install
+	$(RUN) -m pytest -m "not slow and not gpu and not multi_gpu" tests
+
+test-slow: install
+	$(RUN) -m pytest -m "not gpu and not multi_gpu" tests
+
+test-gpu: install
+	$(RUN) -m pytest -m "gpu or multi_gpu" tests
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+install: $(VENV)/.installed
+
+# A torch that is there already, such as an NVIDIA container's, is kept.
+HAS_TORCH := import sys, torch; \
+    sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6))
+CAN_BUILD := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
+OUTSIDE_VENV := import sys; sys.exit(sys.prefix != sys.base_prefix)
+
+# The first interpreter with a suitable torch, else the first that can build an environment.
+FIND_PYTHON = \
+    pythons="python3.11 python3.12 python3.13 python3"; \
+    for python in $$pythons; do \
+        $$python -c '$(CAN_BUILD)' && $$python -c '$(OUTSIDE_VENV)' && \
+            $$python -c '$(HAS_TORCH)' && echo $$python && exit; \
+    done 2> /dev/null; \
+    for python in $$pythons; do \
+        $$python -c '$(CAN_BUILD)' && echo $$python && exit; \
+    done 2> /dev/null
+
+$(VENV)/.created:
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+	    echo "No Python 3.11 or newer with venv found; name one: make PYTHON=/path/to/python" >&2; \
+	    exit 1; \
+	fi; \
+	options=; \
+	if $$python -c '$(OUTSIDE_VENV)' && $$python -c '$(HAS_TORCH)' 2> /dev/null; then \
+	    options=--system-site-packages; \
+	fi; \
+	echo "Creating $(VENV) with $$python $$options"; \
+	$$python -m venv --clear $$options $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	@if $(RUN) -c '$(HAS_TORCH)' 2> /dev/null; then torch=; else torch="$(TORCH)"; fi; \
+	echo "Installing into $(VENV); this takes a few minutes the first time"; \
+	$(RUN) -m pip install --disable-pip-version-check --quiet $$torch --editable ".[dev]"
+	@touch $@

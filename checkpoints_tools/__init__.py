@@ -1,0 +1,1 @@
+"""Commands that move models between Hugging Face and Megatron-Core checkpoints."""

@@ -1,0 +1,56 @@
+"""Whole training runs inside the ranks of a test, and what can be compared of them."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import run_distributed
+
+TIMINGS = ("time/", "perf/")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without what a clock measured."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the safetensors files of an export."""
+    files = sorted(folder.glob("*.safetensors"))
+    assert files, f"{folder} holds no export"
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def train(config_file: Path, world_size: int, *overrides: str, timeout_s: float = 240) -> None:
+    """A run from start (or its last checkpoint) to its end, on fresh ranks."""
+    run_distributed(train_here, world_size, config_file, overrides, timeout_s=timeout_s)
+
+
+def train_here(config_file: Path, overrides: tuple[str, ...]) -> Any:
+    """A run on the ranks that exist already; returns the trainer."""
+    trainer = make_trainer(config_file, overrides)
+    trainer.train()
+    return None
+
+
+def make_trainer(config_file: Path, overrides: tuple[str, ...]) -> Any:
+    """A trainer on the ranks that exist already, without graders."""
+    from trb_megatron.config import load_config
+
+    config = load_config(config_file, list(overrides))
+    layout = _join(config.parallel)
+
+    from trb_megatron.trainer import Trainer
+
+    return Trainer(config, layout, rewards=None)
+
+
+@cache
+def _join(parallel: Any) -> Any:
+    """This process's layout; groups are built once."""
+    from trb_megatron import distributed
+
+    return distributed.initialize(parallel)
