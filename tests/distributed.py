@@ -3,12 +3,15 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +55,7 @@ def run_distributed(
             return _collect(connections, time.monotonic() + timeout_s, timeout_s)
         finally:
             for process in processes:
-                process.kill()
-                process.join()
+                _kill_group(process)
 
 
 def _collect(connections: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
@@ -81,9 +83,19 @@ def _receive(connection: Connection, rank: int) -> Any:
     return result
 
 
+def _kill_group(process: BaseProcess) -> None:
+    """Kill a rank and what it started, such as the processes of Megatron's checkpoint writer."""
+    assert process.pid is not None
+    with suppress(ProcessLookupError):  # it died before it had a group of its own
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
 def _run_rank(
     rank: int, world_size: int, store: str, timeout_s: float, payload: bytes, report: Connection
 ) -> None:
+    os.setpgrp()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:

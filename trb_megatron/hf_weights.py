@@ -124,6 +124,7 @@ def _save_stage(
     if layout.tp_rank == 0:
         file = folder / _stage_file(layout.pp_rank, layout.pp_size)
         save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors makes files that only their owner reads
         _fsync(file)
 
 
