@@ -22,40 +22,55 @@ NUM_RANKS = 2
 
 
 def main() -> None:
-    """Train, then say what came of it and where everything is."""
+    """Grade the teacher, train the student, then say what came of it and where everything is."""
     shutil.rmtree(RUN_DIR, ignore_errors=True)  # of an earlier demo
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    job = ["-m", "trb_megatron.train", str(CONFIG), f"run.dir={RUN_DIR}"]
-    command = [*launcher, f"--nproc-per-node={NUM_RANKS}", *job]
-    print("$ torchrun --nproc-per-node=2 " + " ".join(job), flush=True)
     started = time.monotonic()
-    finished = subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ})
+    graded = run_job("evaluate", "student.path=launch/demo/teacher", stdout=subprocess.PIPE)
+    teacher_score = json.loads(graded.stdout)["eval/heldout/pass@1"]
+    print(f"the teacher: pass@1 {100 * teacher_score:.1f} %\n", flush=True)
+    run_job("train", f"run.dir={RUN_DIR}")
+    report(teacher_score, time.monotonic() - started)
+
+
+def run_job(
+    command: str, override: str, stdout: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of the package on all ranks; leave with its status if it fails."""
+    job = ["-m", f"trb_megatron.{command}", str(CONFIG), override]
+    print(f"$ torchrun --nproc-per-node={NUM_RANKS} " + " ".join(job), flush=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    finished = subprocess.run(
+        [*launcher, f"--nproc-per-node={NUM_RANKS}", *job],
+        env={"OMP_NUM_THREADS": "1", **os.environ},
+        stdout=stdout,
+        text=True,
+    )
     if finished.returncode != 0:
         sys.exit(finished.returncode)
-    report(time.monotonic() - started)
+    return finished
 
 
-def report(seconds: float) -> None:
+def report(teacher_score: float, seconds: float) -> None:
     """Print the student's score before and after, and the folder's contents."""
     rows = [json.loads(line) for line in (RUN_DIR / "metrics.jsonl").read_text().splitlines()]
-    scores = {
-        row["step"]: row["eval/heldout/pass@1"] for row in rows if "eval/heldout/pass@1" in row
-    }
+    scores = {r["step"]: r["eval/heldout/pass@1"] for r in rows if "eval/heldout/pass@1" in r}
     first, last = min(scores), max(scores)
     gain = 100 * (scores[last] - scores[first])
     print(
-        f"\npass@1 on problems that neither model was trained on: "
-        f"{100 * scores[first]:.1f} % -> {100 * scores[last]:.1f} % "
-        f"({gain:+.1f} points) after {last} steps, {seconds:.0f} s in all\n"
+        "\npass@1 on 320 problems that neither model was trained on:\n"
+        f"  student before  {100 * scores[first]:5.1f} %\n"
+        f"  student after   {100 * scores[last]:5.1f} %   ({gain:+.1f} points in {last} steps)\n"
+        f"  teacher         {100 * teacher_score:5.1f} %\n"
+        f"{seconds:.0f} s in all\n"
     )
     for path, what in (
         ("hf", "the trained student, a Hugging Face checkpoint"),
         ("metrics.jsonl", "every metric of every step"),
-        ("tensorboard", "the same as curves: tensorboard --logdir " + str(RUN_DIR)),
+        ("tensorboard", f"the same as curves: tensorboard --logdir {RUN_DIR}"),
         ("checkpoints", "training state, to resume from"),
         ("config.yaml", "the complete configuration"),
     ):
-        print(f"  {RUN_DIR / path!s:<26} {what}")
+        print(f"  {RUN_DIR / path!s:<24} {what}")
 
 
 if __name__ == "__main__":

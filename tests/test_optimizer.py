@@ -11,7 +11,7 @@ def test_learning_rate_rises_as_a_cosine_and_stays() -> None:
     rates = [learning_rate_at(step, 1e-5, 15) for step in range(20)]
     assert rates[0] == pytest.approx(1e-5 * 0.5 * (1 - math.cos(math.pi / 15)))
     assert rates[7] == pytest.approx(1e-5 * 0.5 * (1 - math.cos(math.pi * 8 / 15)))
-    assert all(a < b for a, b in zip(rates[:14], rates[1:15], strict=True))
+    assert rates[:15] == sorted(set(rates[:15]))
     assert rates[14:] == [1e-5] * 6
 
 

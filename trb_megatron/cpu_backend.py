@@ -7,26 +7,29 @@ checkpoints). `install` answers those calls for the CPU. On a machine with CUDA 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
-_FACTORIES = {torch.tensor, torch.zeros, torch.ones, torch.empty, torch.full}
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
 _TENSOR_TYPE = torch.Tensor.type
 
 _installed = False
 
 
-class _FactoriesOnCpu(TorchFunctionMode):
-    """Send `device="cuda"` literals of tensor factories to the CPU."""
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A tensor factory that takes "cuda" for the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        if func in _FACTORIES and "cuda" in str(kwargs.get("device", "")):
-            kwargs = {**kwargs, "device": _CPU}
-        return func(*args, **kwargs)
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
 
 
 class _Stream:
@@ -43,7 +46,7 @@ def _type_name_as_cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """`Tensor.type()` without arguments names CUDA types, which Megatron's optimizers assert."""
     if args or kwargs:
         return _TENSOR_TYPE(tensor, *args, **kwargs)
-    # Under a TorchFunctionMode the call comes back here once more, by name.
+    # A subclass's or mode's __torch_function__ calls this method once more, by name.
     return "torch.cuda." + _TENSOR_TYPE(tensor).removeprefix("torch.").removeprefix("cuda.")
 
 
@@ -73,7 +76,8 @@ def install() -> bool:
     cuda.manual_seed = torch.manual_seed
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
     torch.Tensor.type = _type_name_as_cuda  # type: ignore[method-assign, assignment]
-    _FactoriesOnCpu().__enter__()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
 
     from megatron.core.tensor_parallel import random as megatron_random
 

@@ -63,6 +63,7 @@ from trb_megatron.optimizer import (
     wrap_student,
 )
 from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
+from trb_megatron.report import describe_environment
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import (
     BlendPolicy,
@@ -96,6 +97,8 @@ class Trainer:
         self.rewards = rewards
         self.run_dir = config.run.dir
         self.is_distilling = config.training.task == "distill"
+        for line in describe_environment(layout):
+            say(line)
         for warning in config_warnings(config):
             say(f"warning: {warning}")
         _check_run_folder(config)

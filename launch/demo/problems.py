@@ -16,7 +16,7 @@ to, so that no problem is in two of them; nor is one listed twice.
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -24,21 +24,21 @@ DATA = Path(__file__).parent / "data"
 
 # The first hexadecimal digit of the hash, by split: 1/16, 3/16, 4/16 and 8/16 of all problems.
 SPLITS = {"heldout": "0", "prompts": "123", "student": "4567", "teacher": "89abcdef"}
-NUM_DIGITS = (2, 3, 4)  # of either number, each equally often: short problems are few
+NUM_DIGITS = (2, 3, 4)  # of either number, each equally often while unused problems last
 
 
-def write_problems(path: Path, split: str, count: int, *, with_response: bool) -> None:
-    """Write the first `count` problems of a split as JSON Lines.
+def write_prompts(path: Path, split: str, count: int) -> None:
+    """Write the first `count` problems of a split as JSON Lines with `prompt` and `answer`."""
+    pairs = islice(generate_problems(split), count)
+    _write_jsonl(path, ({"prompt": f"{a}+{b}", "answer": str(a + b)} for a, b in pairs))
 
-    A line has `prompt`, `answer` and, where asked for, the written-out `response`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for a, b in islice(generate_problems(split), count):
-            problem = {"prompt": f"{a}+{b}", "answer": str(a + b)}
-            if with_response:
-                problem["response"] = write_response(a, b)
-            file.write(json.dumps(problem) + "\n")
+
+def write_examples(path: Path, split: str, count: int, slip_rate: float = 0.0) -> None:
+    """Write the first `count` problems of a split as JSON Lines with `prompt` and `response`."""
+    rng = random.Random(f"{split} slips")
+    pairs = islice(generate_problems(split), count)
+    responses = ((a, b, write_response(a, b, rng, slip_rate)) for a, b in pairs)
+    _write_jsonl(path, ({"prompt": f"{a}+{b}", "response": text} for a, b, text in responses))
 
 
 def generate_problems(split: str) -> Iterator[tuple[int, int]]:
@@ -52,15 +52,29 @@ def generate_problems(split: str) -> Iterator[tuple[int, int]]:
             yield pair
 
 
-def write_response(a: int, b: int) -> str:
-    """Add the numbers digit by digit, one step per line, and box the sum."""
+def write_response(a: int, b: int, rng: random.Random, slip_rate: float = 0.0) -> str:
+    """Add the numbers digit by digit, one step per line, and box the result.
+
+    With probability `slip_rate` a step is one too high or too low, and what follows builds on it.
+    """
     lines = []
-    carry = 0
+    result, carry, place = 0, 0, 1
     for digits in zip_longest(reversed(str(a)), reversed(str(b))):
         terms = [int(digit) for digit in digits if digit is not None] + [1] * carry
-        lines.append("+".join(map(str, terms)) + f"={sum(terms)}")
-        carry = sum(terms) // 10
-    return "\n".join([*lines, f"\\boxed{{{a + b}}}"])
+        total = sum(terms)
+        if rng.random() < slip_rate:
+            total = abs(total + rng.choice((-1, 1)))
+        lines.append("+".join(map(str, terms)) + f"={total}")
+        carry, digit = divmod(total, 10)
+        result += digit * place
+        place *= 10
+    return "\n".join([*lines, f"\\boxed{{{result + carry * place}}}"])
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _draw_number(rng: random.Random) -> int:
@@ -74,5 +88,5 @@ def _split_of(a: int, b: int) -> str:
 
 
 if __name__ == "__main__":
-    write_problems(DATA / "prompts.jsonl", "prompts", 4096, with_response=False)
-    write_problems(DATA / "heldout.jsonl", "heldout", 320, with_response=False)
+    write_prompts(DATA / "prompts.jsonl", "prompts", 2048)
+    write_prompts(DATA / "heldout.jsonl", "heldout", 320)

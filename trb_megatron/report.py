@@ -1,0 +1,47 @@
+"""What a job says of itself when it starts: versions, layout, and the code paths in use."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import torch.distributed as dist
+
+from trb_megatron.distributed import ParallelLayout
+
+
+def describe_environment(layout: ParallelLayout) -> list[str]:
+    """Lines on versions, optional accelerators of Megatron-Core, and the parallel layout."""
+    optional = {
+        "Transformer Engine": _version_of("transformer-engine", "transformer_engine.pytorch"),
+        "Apex": _version_of("apex", "apex.multi_tensor_apply"),
+    }
+    versions = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron-core": version("megatron-core"),
+        **{name: found or "absent" for name, found in optional.items()},
+    }
+    device = "cpu"
+    if layout.device.type == "cuda":
+        device = torch.cuda.get_device_name(layout.device)
+    return [
+        ", ".join(f"{name} {found}" for name, found in versions.items()),
+        f"{dist.get_world_size()} ranks on {device}: TP {layout.tp_size} x PP {layout.pp_size} x "
+        f"DP {layout.dp_size}; rollout attention: masked SDPA over pages",
+    ]
+
+
+def _version_of(distribution: str, module: str) -> str | None:
+    """Version of an installed package; None when it lacks `module`.
+
+    The module tells NVIDIA's Apex from the unrelated "apex" of the package index.
+    """
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+        return version(distribution)
+    except (ModuleNotFoundError, PackageNotFoundError):
+        return None
