@@ -19,6 +19,11 @@ from trb_megatron.config import ParallelConfig, check_world_size
 
 T = TypeVar("T")
 
+# Warnings that importing and running Megatron causes, and that a user can do nothing about.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+
 
 @dataclass(frozen=True)
 class ParallelLayout:
@@ -91,7 +96,6 @@ def initialize(config: ParallelConfig, *, seed: int = 0) -> ParallelLayout:
     Raises:
         ConfigError: the world size is not a multiple of TP x PP.
     """
-    _silence_megatron()
     # What Megatron's tensor-parallel layers ask for, so that communication overlaps the backward.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_cpu = cpu_backend.install()
@@ -141,15 +145,6 @@ def user_errors() -> Iterator[None]:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def _silence_megatron() -> None:
-    """Hide warnings that Megatron causes and a user can do nothing about."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")  # optional packages it does without
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    warnings.filterwarnings(
-        "ignore", message=r"The \.grad attribute of a Tensor that is not a leaf"
-    )
 
 
 def shutdown() -> None:
