@@ -4,13 +4,19 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.distributed import run_distributed
 from tests.layouts import write_inputs
 from tests.runs import make_trainer, read_metrics, train, weights_digest
-from trb_megatron.checkpoint import TrainingCheckpointError, find_checkpoints, read_training_state
+from trb_megatron.checkpoint import (
+    TrainingCheckpointError,
+    _remove,
+    find_checkpoints,
+    read_training_state,
+)
 
 WORLD_SIZE = 2  # two data-parallel replicas share the optimizer state
 OPTIONS = ("checkpoint.every=2", "checkpoint.keep=2", "training.prompts_per_step=4")
@@ -66,8 +72,6 @@ def test_run_resumes_at_another_layout(
 
 def _fail_to_save(config_file: Path, options: tuple[str, ...]) -> str:
     """Train one step of a run and fail to save it; the message of the failure."""
-    from unittest import mock
-
     from megatron.core import dist_checkpointing
 
     trainer = make_trainer(config_file, options)
@@ -133,3 +137,15 @@ def test_broken_training_state_is_named(tmp_path: Path) -> None:
     assert find_checkpoints(tmp_path) == [folder]
     with pytest.raises(TrainingCheckpointError, match=r"step_3/training_state\.json"):
         read_training_state(folder)
+
+
+def test_removal_that_was_killed_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step_2"
+    folder.mkdir(parents=True)
+    (folder / "common.pt").touch()
+    killed = mock.patch(
+        "trb_megatron.checkpoint.shutil.rmtree", side_effect=[None, KeyboardInterrupt]
+    )
+    with killed, pytest.raises(KeyboardInterrupt):
+        _remove(folder)
+    assert find_checkpoints(tmp_path) == []

@@ -137,12 +137,21 @@ def save_checkpoint(
     _raise_together(error, run_dir, target)
 
     if dist.get_rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
+        _remove(target)
         partial.rename(target)
         for old in find_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
     return target
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves no folder that looks complete."""
+    removed = folder.with_name(folder.name + ".removed")
+    shutil.rmtree(removed, ignore_errors=True)  # of a removal that was killed
+    if folder.exists():
+        folder.rename(removed)
+        shutil.rmtree(removed)
 
 
 def _raise_together(error: Exception | None, run_dir: Path, target: Path) -> None:

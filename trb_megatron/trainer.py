@@ -121,6 +121,7 @@ class Trainer:
             f"{self.prompt_set.num_dropped:,} longer than {config.data.max_prompt_tokens} tokens "
             "dropped"
         )
+        self.answers = {prompt.index: prompt.answer for prompt in self.prompt_set.prompts}
         self.order = PromptOrder(len(self.prompt_set.prompts), config.run.seed, config.data.shuffle)
 
         self.student = wrap_student(self.models.student, config.optimizer)
@@ -235,11 +236,11 @@ class Trainer:
         """Rewards of the responses whose prompts have answers; on leaders only."""
         if self.rewards is None or not self.is_distilling:
             return []
-        answers = {prompt.index: prompt.answer for prompt in self.prompt_set.prompts}
-        graded = [r for r in rollouts if answers[r.prompt_index]]
+        answers = [self.answers.get(rollout.prompt_index) for rollout in rollouts]
+        graded = [(r, answer) for r, answer in zip(rollouts, answers, strict=True) if answer]
         return self.rewards.score(
-            [self.models.decode(r.response_ids) for r in graded],
-            [answers[r.prompt_index] or () for r in graded],
+            [self.models.decode(rollout.response_ids) for rollout, _ in graded],
+            [answer for _, answer in graded],
         )
 
     def _add_teacher_hidden(self, microbatches: list[Microbatch]) -> list[Microbatch]:
@@ -427,7 +428,8 @@ class RunLog:
             self._metrics = MetricsLogger(
                 self._config.run.dir, logging.tensorboard, logging.wandb_project, self._config
             )
-            self._metrics.truncate_after(self._step)
+            # A start that never reached a checkpoint is started over, initial evaluation included.
+            self._metrics.truncate_after(self._step if self._step > 0 else -1)
             self._progress = Progress(self._config.training.steps, self._step).__enter__()
         return self
 
