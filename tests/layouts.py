@@ -39,10 +39,17 @@ class Layout:
 ONE_RANK = Layout()
 LAYOUTS = (
     ONE_RANK,
-    Layout(tp=2, overrides=("rollout.max_sequences=3", "rollout.max_prefill_tokens=20")),
-    Layout(pp=2, overrides=("training.max_tokens_per_microbatch=64",)),
-    Layout(dp=2, overrides=("optimizer.distributed=false",)),
-    Layout(tp=2, pp=2, overrides=("parallel.sequence_parallel=true",)),
+    Layout(
+        tp=2,
+        overrides=(
+            "rollout.max_sequences=3",
+            "rollout.max_prefill_tokens=20",
+            "rollout.keep_teacher_hidden=false",
+        ),
+    ),
+    Layout(pp=2, overrides=("training.max_tokens_per_microbatch=64", "rollout.draft_tokens=3")),
+    Layout(dp=2, overrides=("optimizer.distributed=false", "rollout.draft_tokens=1")),
+    Layout(tp=2, pp=2, overrides=("parallel.sequence_parallel=true", "rollout.draft_tokens=8")),
 )
 
 
@@ -82,7 +89,8 @@ student: {{path: {folder}/student}}
 teacher: {{path: {folder}/teacher}}
 data: {{path: {folder}/prompts.jsonl, system_prompt: null, max_prompt_tokens: 48}}
 training: {{steps: {STEPS}, prompts_per_step: 4, precision: fp32, max_tokens_per_microbatch: 200}}
-rollout: {{rollouts_per_prompt: 2, max_response_tokens: 12, max_sequences: 16, page_tokens: 8}}
+rollout: {{rollouts_per_prompt: 2, max_response_tokens: 12, max_sequences: 16, page_tokens: 8,
+  draft_tokens: 0}}
 behavior: {{kl_budget: 0.05, warmup_steps: 2}}
 optimizer: {{lr: 1.0e-3, warmup_steps: 2}}
 evaluation: {{at_start: false, at_end: false, every: 100, max_response_tokens: 16}}
@@ -173,7 +181,8 @@ def _probe_logits(model: Any, trainer: Any) -> list[torch.Tensor]:
 
 def _probe_rollouts(trainer: Any, policy_name: str) -> list[dict[str, Any]]:
     from trb_megatron.distributed import gather_from_leaders
-    from trb_megatron.rollout import Request, Sampling, StudentPolicy
+    from trb_megatron.policies import Sampling, StudentPolicy
+    from trb_megatron.rollout import Request
 
     layout, models = trainer.layout, trainer.models
     sampling = Sampling(

@@ -16,7 +16,7 @@ BUDGET = 0.05
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
 @pytest.mark.parametrize("policy", ["student", "blend", "greedy"])
-def test_same_tokens_at_every_layout_and_number_of_slots(
+def test_same_tokens_at_every_layout_number_of_slots_and_draft_length(
     probe_results: dict[Layout, ProbeResult], layout: Layout, policy: str
 ) -> None:
     keys = ("prompt_index", "rollout_index", "prompt_ids", "response_ids", "stopped")
@@ -110,6 +110,30 @@ def test_blend_records_are_those_of_a_dense_solution(
                 record[f"{name}_logprobs"].double(), logprobs.gather(1, ids)[:, 0], **close
             )
         assert (record["kl_student"] <= BUDGET * (1 + 1e-3)).all()
+        # A token that the student did not propose is one that the blend makes more likely.
+        is_likelier = record["behavior_logprobs"] >= record["student_logprobs"] - 1e-5
+        assert (record["accepted"] | is_likelier).all()
+
+
+def test_acceptance_keeps_its_bound(probe_results: dict[Layout, ProbeResult]) -> None:
+    """At least 1 - sqrt(budget / 2) by Pinsker's inequality, beyond sampling error."""
+    for result in probe_results.values():
+        accepted = torch.cat([row["record"]["accepted"] for row in result.rollouts["blend"]])
+        error = 0.5 / len(accepted) ** 0.5
+        assert 1 - (BUDGET / 2) ** 0.5 - 3 * error < accepted.double().mean() < 1
+
+
+def test_drafts_save_teacher_calls(probe_results: dict[Layout, ProbeResult]) -> None:
+    def calls_per_token(rows: list[dict[str, Any]]) -> float:
+        return sum(r["teacher_calls"] for r in rows) / sum(len(r["response_ids"]) for r in rows)
+
+    for layout, result in probe_results.items():
+        calls = calls_per_token(result.rollouts["blend"])
+        if layout == ONE_RANK:  # rollout.draft_tokens: 0
+            assert calls == 1.0
+        elif "rollout.draft_tokens=8" in layout.overrides:
+            assert calls < 0.35
+        assert calls_per_token(result.rollouts["student"]) == 0
 
 
 def test_student_records_have_no_teacher(probe_results: dict[Layout, ProbeResult]) -> None:

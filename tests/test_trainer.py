@@ -60,7 +60,7 @@ def _run_variants(config_file: Path, variants: dict[str, tuple[str, ...]]) -> di
             if name == "vanilla_without_blending_code":
                 for function in ("solve_behavior", "draw_tokens"):
                     stack.enter_context(
-                        mock.patch(f"trb_megatron.rollout.{function}", _unreachable)
+                        mock.patch(f"trb_megatron.policies.{function}", _unreachable)
                     )
             trainer = make_trainer(config_file, (f"run.dir={run_dir}", *overrides))
             trainer.train()

@@ -22,6 +22,7 @@ class TokenRecord:
             aligned, temperature-scaled distributions; the teacher's are NaN where it was not asked.
         blend_coef: beta of the behavior policy, 0 for the student.
         kl_student: KL(behavior || student) at this prefix, in nats.
+        accepted: whether the token is the student's own proposal.
     """
 
     student_logprobs: Tensor
@@ -29,6 +30,7 @@ class TokenRecord:
     behavior_logprobs: Tensor
     blend_coef: Tensor
     kl_student: Tensor
+    accepted: Tensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ class Rollout:
         prompt_ids: token ids of the prompt.
         response_ids: sampled token ids; the last one is a stop id when `stopped`.
         stopped: whether a stop id ended it (else the length limit did).
+        teacher_calls: teacher forward passes that this response took part in.
         record: per-token quantities; only on the last pipeline stage, and only for sampled tokens.
+        teacher_hidden: the teacher's final hidden states [len(response_ids), H] at the prefixes of
+            the response, where the policy asked the teacher; on the last stage only.
     """
 
     prompt_index: int
@@ -49,7 +54,9 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     stopped: bool
+    teacher_calls: int = 0
     record: TokenRecord | None = None
+    teacher_hidden: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -94,11 +101,13 @@ def build_microbatch(
         tokens_BT[row, : len(rollout) - 1] = sequence[:-1]
         labels_BT[row, : len(rollout) - 1] = sequence[1:]
         loss_mask_BT[row, len(rollout.prompt_ids) - 1 : len(rollout) - 1] = True
+    hidden = [r.teacher_hidden for r in rollouts if r.teacher_hidden is not None]
     return Microbatch(
         tokens_BT=tokens_BT.to(device),
         positions_BT=torch.arange(num_positions, device=device).expand(shape),
         labels_BT=labels_BT.to(device),
         loss_mask_BT=loss_mask_BT.to(device),
+        teacher_hidden_NH=torch.cat(hidden) if len(hidden) == len(rollouts) else None,
     )
 
 

@@ -142,6 +142,8 @@ class RolloutConfig(Section):
     max_sequences: Count = 256  # cache slots of one data-parallel rank
     page_tokens: Count = 64  # tokens of one page of the key/value cache
     max_prefill_tokens: Count = 16384  # prompt tokens of one forward pass
+    draft_tokens: CountFromZero = 4  # proposals of the student per teacher call; 0: token by token
+    keep_teacher_hidden: Flag = True  # from rollouts to the loss, which then runs no teacher
 
 
 class BehaviorConfig(Section):
@@ -507,6 +509,7 @@ _MAY_CHANGE = (
     "rollout.max_sequences",
     "rollout.page_tokens",
     "rollout.max_prefill_tokens",
+    "rollout.draft_tokens",
     "checkpoint",
     "evaluation",
     "rewards",

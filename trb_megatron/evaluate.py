@@ -18,9 +18,10 @@ from trb_megatron import distributed
 from trb_megatron.config import Config, RewardsConfig, load_config
 from trb_megatron.distributed import ParallelLayout, gather_from_leaders
 from trb_megatron.model_pair import ModelPair
+from trb_megatron.policies import Sampling, StudentPolicy
 from trb_megatron.prompts import PromptSet, load_prompts
 from trb_megatron.rewards import RewardWorkers
-from trb_megatron.rollout import Request, RolloutEngine, Sampling, StudentPolicy
+from trb_megatron.rollout import Request, RolloutEngine
 
 EVALUATION_STEP = -1
 """The step that keys an evaluation's random numbers: the same at every evaluation of a run, so that

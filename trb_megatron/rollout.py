@@ -1,12 +1,20 @@
-"""Sampling responses: continuous batching over a paged cache, student and teacher in step.
+"""Sampling responses: continuous batching over a paged cache, speculative and exact.
 
-A `RolloutEngine` belongs to one model replica (the ranks of one TP x PP group). Each of its steps
-runs
-a group of sequences: either the prompts that were just admitted (prefill), or one token of every
-sequence in flight (decode). Finished sequences leave their slot and waiting prompts enter. Which
-token is drawn is a *policy*'s decision; the engine does not know how a policy chooses.
+A `RolloutEngine` belongs to one model replica (the ranks of one TP x PP group) and works in rounds.
+A round takes a group of sequences, either those just admitted (prefill) or all in flight (decode):
 
-Shapes: S sequences of a step, N packed tokens, U this rank's vocabulary shard.
+1. draft: the student proposes up to G - 1 tokens, one forward pass each, and runs once more;
+2. score: the teacher, if the policy needs it, sees the same new tokens in one ragged forward pass;
+3. draw: the policy draws the token of all G positions at once;
+4. commit: from left to right, up to the first token that is not the student's proposal.
+
+Which token is drawn at a position does not depend on how many were drafted, since each position has
+its own random numbers: G changes the speed, never the tokens. With G = 1 a round is one token.
+Finished sequences leave their slot and waiting prompts enter.
+
+Shapes: S sequences of a round, G positions of a round, N packed tokens (or rows), U this rank's
+vocabulary shard. A round holds the student's logits at S * G positions, S * G * U elements of the
+model's type on each rank, and as many of the teacher's.
 """
 
 from __future__ import annotations
@@ -14,32 +22,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trb_megatron.batch import Rollout, TokenRecord
-from trb_megatron.blending import (
-    StopAlignment,
-    align_stop_ids,
-    draw_tokens,
-    solve_behavior,
-)
 from trb_megatron.config import RolloutConfig
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.forward import forward_cached
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
 from trb_megatron.models import HiddenStateGPTModel, token_multiple
-from trb_megatron.uniforms import Purpose, counter_uniforms
-from trb_megatron.vocab_parallel import (
-    argmax,
-    gather_at,
-    log_softmax_NU,
-    mask_invalid,
-    sample_inverse_cdf,
-)
+from trb_megatron.policies import Policy, Sampling, Uniforms
 
 
 @dataclass(frozen=True)
@@ -49,136 +44,6 @@ class Request:
     prompt_index: int
     rollout_index: int
     prompt_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn and when they end.
-
-    Attributes:
-        temperature: divides the logits of both models; 0 takes the student's most likely token.
-        max_response_tokens: a response that reaches it is cut.
-        stop_ids: a response ends with the first of these; the token is part of it.
-        seed, step: key the random numbers together with a request and a position.
-        num_valid: ids from here on (padding of the vocabulary) do not exist.
-    """
-
-    temperature: float
-    max_response_tokens: int
-    stop_ids: tuple[int, ...]
-    seed: int
-    step: int
-    num_valid: int
-
-
-class Uniforms:
-    """The random numbers of one position of each of S sequences."""
-
-    def __init__(
-        self, sampling: Sampling, prompt_S: Tensor, rollout_S: Tensor, position_S: Tensor
-    ) -> None:
-        self._key = (sampling.seed, sampling.step, prompt_S, rollout_S, position_S)
-
-    def __getitem__(self, purpose: Purpose) -> Tensor:
-        """Uniforms in [0, 1) of shape [S], float64, for one purpose."""
-        return counter_uniforms(*self._key, purpose)
-
-
-class Policy(Protocol):
-    """Draws one token per sequence from logits [S, U]; identical on all tensor-parallel ranks."""
-
-    needs_teacher: bool
-
-    def draw(
-        self, student_logits_SU: Tensor, teacher_logits_SU: Tensor | None, uniforms: Uniforms
-    ) -> tuple[Tensor, TokenRecord]:
-        """Return token ids [S] and what is recorded of them; collective over the TP group."""
-        ...
-
-
-@dataclass(frozen=True)
-class StudentPolicy:
-    """The student's own distribution; with `alignment` over aligned stop events (DESIGN 2.2)."""
-
-    sampling: Sampling
-    tp_group: dist.ProcessGroup | None = None
-    alignment: StopAlignment | None = None
-    needs_teacher = False
-
-    def draw(
-        self, student_logits_SU: Tensor, teacher_logits_SU: Tensor | None, uniforms: Uniforms
-    ) -> tuple[Tensor, TokenRecord]:
-        """Inverse-CDF sampling by the draft uniform, or argmax at temperature 0."""
-        is_greedy = self.sampling.temperature == 0
-        logits_SU = mask_invalid(student_logits_SU, self.sampling.num_valid, self.tp_group)
-        logits_SU = logits_SU / (1.0 if is_greedy else self.sampling.temperature)
-        if self.alignment is not None:
-            logits_SU = align_stop_ids(
-                logits_SU, self.alignment.student_ids, self.alignment, tp_group=self.tp_group
-            )
-        logprobs_SU = log_softmax_NU(logits_SU, tp_group=self.tp_group)
-        if is_greedy:
-            token_ids = argmax(logprobs_SU, tp_group=self.tp_group)
-        else:
-            token_ids = sample_inverse_cdf(
-                logprobs_SU.exp(), uniforms[Purpose.DRAFT], tp_group=self.tp_group
-            )
-        logprobs_S = gather_at(logprobs_SU, token_ids, tp_group=self.tp_group)
-        zeros = torch.zeros_like(logprobs_S)
-        record = TokenRecord(
-            student_logprobs=logprobs_S,
-            teacher_logprobs=torch.full_like(logprobs_S, torch.nan),
-            behavior_logprobs=logprobs_S,
-            blend_coef=zeros,
-            kl_student=zeros,
-        )
-        return token_ids, record
-
-
-@dataclass(frozen=True)
-class BlendPolicy:
-    """The trust-region behavior policy: nearest the teacher within `kl_budget` of the student.
-
-    Plyusov et al., arXiv 2605.31159; drawn by the rule of DESIGN 2.4.
-    """
-
-    sampling: Sampling
-    kl_budget: float
-    alignment: StopAlignment
-    tp_group: dist.ProcessGroup | None = None
-    needs_teacher = True
-
-    def draw(
-        self, student_logits_SU: Tensor, teacher_logits_SU: Tensor | None, uniforms: Uniforms
-    ) -> tuple[Tensor, TokenRecord]:
-        """Solve for the blend of each row, then draw from it with the position's three uniforms."""
-        assert teacher_logits_SU is not None
-        student_SU = self._aligned(student_logits_SU, self.alignment.student_ids)
-        teacher_SU = self._aligned(teacher_logits_SU, self.alignment.teacher_ids)
-        behavior = solve_behavior(student_SU, teacher_SU, self.kl_budget, tp_group=self.tp_group)
-        logprobs_3SU = torch.stack(
-            [behavior.student.logprobs(), behavior.teacher.logprobs(), behavior.logprobs()]
-        )
-        drawn = draw_tokens(
-            logprobs_3SU[0],
-            logprobs_3SU[2],
-            uniforms[Purpose.DRAFT],
-            uniforms[Purpose.ACCEPT],
-            uniforms[Purpose.RESIDUAL],
-            tp_group=self.tp_group,
-        )
-        student_S, teacher_S, behavior_S = gather_at(
-            logprobs_3SU.flatten(0, 1), drawn.token_ids.repeat(3), tp_group=self.tp_group
-        ).chunk(3)
-        record = TokenRecord(
-            student_S, teacher_S, behavior_S, behavior.blend_coef, behavior.kl_student
-        )
-        return drawn.token_ids, record
-
-    def _aligned(self, logits_SU: Tensor, own_ids: tuple[int, ...]) -> Tensor:
-        masked_SU = mask_invalid(logits_SU, self.sampling.num_valid, self.tp_group)
-        scaled_SU = masked_SU / self.sampling.temperature
-        return align_stop_ids(scaled_SU, own_ids, self.alignment, tp_group=self.tp_group)
 
 
 @dataclass
@@ -192,11 +57,31 @@ class _Sequence:
     response_ids: list[int] = field(default_factory=list)
     stopped: bool = False
     finished: bool = False
+    teacher_calls: int = 0
 
     @property
-    def new_ids(self) -> tuple[int, ...] | list[int]:
+    def new_ids(self) -> list[int]:
         """Tokens that the models have not seen: the prompt first, then the last sampled token."""
-        return self.response_ids[-1:] if self.response_ids else self.request.prompt_ids
+        return self.response_ids[-1:] if self.response_ids else list(self.request.prompt_ids)
+
+    def commit(self, drawn_ids: list[int], drafted_ids: list[int], sampling: Sampling) -> int:
+        """Append drawn tokens up to the first that was not drafted or that ends the response.
+
+        What the cache holds beyond is forgotten: the next round writes over it. Returns how many
+        tokens were appended.
+        """
+        num_before = len(self.response_ids)
+        self.cached += len(self.new_ids) - 1
+        for drawn_id, drafted_id in zip_longest(drawn_ids, drafted_ids):
+            self.response_ids.append(drawn_id)
+            self.stopped = drawn_id in sampling.stop_ids
+            is_full = len(self.response_ids) == sampling.max_response_tokens
+            self.finished = self.stopped or is_full
+            if self.finished or drawn_id != drafted_id:
+                break
+        num_committed = len(self.response_ids) - num_before
+        self.cached += num_committed
+        return num_committed
 
 
 class RolloutEngine:
@@ -229,8 +114,8 @@ class RolloutEngine:
         """Answer every request, in the order given.
 
         Collective over the model replica. The result depends on the requests' indices and the
-        sampling key, not on slots, order or layout (up to rounding, see DESIGN 2.5). Per-token
-        records are present on the last pipeline stage.
+        sampling key, not on drafts, slots, order or layout (up to rounding, see DESIGN 2.5).
+        Per-token records and kept hidden states are on the last pipeline stage only.
         """
         if not requests:
             return []
@@ -238,7 +123,7 @@ class RolloutEngine:
         self.student.eval()
         run = _Run(self, requests, policy, sampling)
         while run.waiting or run.active:
-            run.step(run.admit() or run.active)  # prefill first: it fills the slots
+            run.round(run.admit() or run.active)  # prefill first: it fills the slots
         self.student.train(was_training)
         return run.collect()
 
@@ -259,26 +144,25 @@ class _Run:
         self.sequences = [_Sequence(request, number) for number, request in enumerate(requests)]
         self.waiting = deque(self.sequences)
         self.active: list[_Sequence] = []
-        self.records: list[tuple[list[int], TokenRecord]] = []
+        self.records: list[tuple[list[int], dict[str, Tensor]]] = []
+        drafts = engine.config.draft_tokens if policy.needs_teacher else 0
+        self.num_positions = drafts + 1
 
         num_slots = min(engine.config.max_sequences, len(requests))
         longest_prompt = max(len(request.prompt_ids) for request in requests)
-        max_tokens = longest_prompt + sampling.max_response_tokens
+        max_tokens = longest_prompt + sampling.max_response_tokens + drafts
         self.device = engine.layout.device
         self.token_multiple = token_multiple(engine.student.config)
         self.free_slots = list(range(num_slots))
         self.page_table = PageTable(num_slots, max_tokens, engine.config.page_tokens, self.device)
-        models = [engine.student]
+        self.student = (engine.student, self._cache(engine.student, max_tokens))
+        self.teacher = None
         if policy.needs_teacher:
             assert engine.teacher is not None, "this policy needs a teacher"
-            models.append(engine.teacher)
-        self.models = [
-            (
-                model,
-                PagedKVCache(model.config, len(model.decoder.layers), self.page_table, max_tokens),
-            )
-            for model in models
-        ]
+            self.teacher = (engine.teacher, self._cache(engine.teacher, max_tokens))
+
+    def _cache(self, model: HiddenStateGPTModel, max_tokens: int) -> PagedKVCache:
+        return PagedKVCache(model.config, len(model.decoder.layers), self.page_table, max_tokens)
 
     def admit(self) -> list[_Sequence]:
         """Give free slots to waiting sequences, as many as one prefill may hold."""
@@ -294,68 +178,136 @@ class _Run:
         self.active.extend(admitted)
         return admitted
 
-    def step(self, group: list[_Sequence]) -> None:
-        """Run the new tokens of a group through the models and draw one token for each sequence."""
-        new_ids = [sequence.new_ids for sequence in group]
-        batch = self.page_table.extend(
-            slots=[sequence.slot for sequence in group],
-            past_lengths=[sequence.cached for sequence in group],
-            new_lengths=[len(ids) for ids in new_ids],
-            pad_to_multiple=self.token_multiple,
-        )
-        tokens_N = torch.tensor([token for ids in new_ids for token in ids], device=self.device)
-        logits_SU = [self._forward_last(m, cache, batch, tokens_N) for m, cache in self.models]
-        for sequence, token_id in zip(group, self._draw(group, logits_SU), strict=True):
-            sequence.cached += len(sequence.new_ids)
-            sequence.response_ids.append(token_id)
-            sequence.stopped = token_id in self.sampling.stop_ids
-            is_full = len(sequence.response_ids) == self.sampling.max_response_tokens
-            sequence.finished = sequence.stopped or is_full
+    def round(self, group: list[_Sequence]) -> None:
+        """Draft, score, draw and commit; see the module docstring."""
+        student_SGU, drafted_ids = self._draft(group)
+        teacher_NU, teacher_NH = self._score(group, drafted_ids)
+        drawn_ids, record = self._draw(group, student_SGU, teacher_NU)
+        counts = [
+            sequence.commit(drawn, drafted, self.sampling)
+            for sequence, drawn, drafted in zip(group, drawn_ids, drafted_ids, strict=True)
+        ]
+        if record is not None:
+            self._keep(group, counts, record, teacher_NH)
+        for sequence in group:
             if sequence.finished:
                 self.page_table.release(sequence.slot)
                 self.free_slots.append(sequence.slot)
         self.active = [sequence for sequence in self.active if not sequence.finished]
 
-    def _forward_last(
-        self, model: HiddenStateGPTModel, cache: PagedKVCache, batch: RaggedBatch, tokens_N: Tensor
-    ) -> Tensor | None:
-        """Logits [S, U] behind the last new token of each sequence; None before the last stage."""
-        if model is self.engine.teacher:
-            self.engine.num_teacher_calls += 1
-        hidden_NH = forward_cached(model, cache, batch, tokens_N, self.engine.layout)
-        if hidden_NH is None:
-            return None
-        with torch.no_grad():
-            return model.project(hidden_NH[batch.query_lengths_S.cumsum(0) - 1])
+    def _draft(self, group: list[_Sequence]) -> tuple[Tensor | None, list[list[int]]]:
+        """The student's logits [S, G, U] at all positions (last stage), and its proposals."""
+        model, cache = self.student
+        logits: list[Tensor] = []
+        new_ids = [sequence.new_ids for sequence in group]
+        past = [sequence.cached for sequence in group]
+        drafted_ids: list[list[int]] = [[] for _ in group]
+        for position in range(self.num_positions):
+            batch, hidden_NH = self._forward(model, cache, group, past, new_ids)
+            if hidden_NH is not None:
+                logits.append(_project(model, hidden_NH[batch.query_lengths_S.cumsum(0) - 1]))
+            if position == self.num_positions - 1:
+                break
+            proposed_S = None
+            if hidden_NH is not None:
+                proposed_S = self.policy.propose(logits[-1], self._uniforms(group, position, 1))
+            past = [p + len(ids) for p, ids in zip(past, new_ids, strict=True)]
+            new_ids = [[token_id] for token_id in self._share(proposed_S, len(group))]
+            for drafted, ids in zip(drafted_ids, new_ids, strict=True):
+                drafted.extend(ids)
+        return (torch.stack(logits, dim=1) if logits else None), drafted_ids
 
-    def _draw(self, group: list[_Sequence], logits_SU: list[Tensor | None]) -> list[int]:
-        """The last stage draws and records; a broadcast (PP group) tells the others the tokens."""
+    def _score(
+        self, group: list[_Sequence], drafted_ids: list[list[int]]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The teacher's logits [S * G, U] and hidden states at all positions, on the last stage."""
+        if self.teacher is None:
+            return None, None
+        model, cache = self.teacher
+        past = [sequence.cached for sequence in group]
+        new_ids = [s.new_ids + drafted for s, drafted in zip(group, drafted_ids, strict=True)]
+        self.engine.num_teacher_calls += 1
+        for sequence in group:
+            sequence.teacher_calls += 1
+        batch, hidden_NH = self._forward(model, cache, group, past, new_ids)
+        if hidden_NH is None:
+            return None, None
+        back_G = torch.arange(-self.num_positions, 0, device=self.device)
+        rows_N = (batch.query_lengths_S.cumsum(0)[:, None] + back_G).flatten()
+        return _project(model, hidden_NH[rows_N]), hidden_NH[rows_N]
+
+    def _forward(
+        self,
+        model: HiddenStateGPTModel,
+        cache: PagedKVCache,
+        group: list[_Sequence],
+        past: list[int],
+        new_ids: list[list[int]],
+    ) -> tuple[RaggedBatch, Tensor | None]:
+        """Run new tokens behind `past` cached ones; hidden states on the last stage."""
+        batch = self.page_table.extend(
+            slots=[sequence.slot for sequence in group],
+            past_lengths=past,
+            new_lengths=[len(ids) for ids in new_ids],
+            pad_to_multiple=self.token_multiple,
+        )
+        tokens_N = torch.tensor([token for ids in new_ids for token in ids], device=self.device)
+        return batch, forward_cached(model, cache, batch, tokens_N, self.engine.layout)
+
+    def _draw(
+        self, group: list[_Sequence], student_SGU: Tensor | None, teacher_NU: Tensor | None
+    ) -> tuple[list[list[int]], TokenRecord | None]:
+        """The policy's tokens at all positions, [S][G] on every stage; records on the last."""
+        token_ids_N, record = None, None
+        if student_SGU is not None:
+            uniforms = self._uniforms(group, 0, self.num_positions)
+            token_ids_N, record = self.policy.draw(student_SGU.flatten(0, 1), teacher_NU, uniforms)
+        token_ids = self._share(token_ids_N, len(group) * self.num_positions)
+        starts = range(0, len(token_ids), self.num_positions)
+        return [token_ids[start : start + self.num_positions] for start in starts], record
+
+    def _uniforms(self, group: list[_Sequence], first: int, count: int) -> Uniforms:
+        """Of `count` positions from the `first` after the committed tokens of each sequence."""
+        key_S3 = torch.tensor(
+            [
+                (s.request.prompt_index, s.request.rollout_index, len(s.response_ids) + first)
+                for s in group
+            ],
+            device=self.device,
+        )
+        prompt_N, rollout_N, position_N = key_S3.repeat_interleave(count, dim=0).unbind(dim=1)
+        offset_N = torch.arange(count, device=self.device).repeat(len(group))
+        return Uniforms(self.sampling, prompt_N, rollout_N, position_N + offset_N)
+
+    def _share(self, token_ids_N: Tensor | None, count: int) -> list[int]:
+        """Token ids of the last stage on every stage: a broadcast over the pipeline group."""
         layout = self.engine.layout
-        if layout.is_last_stage:
-            key_3S = torch.tensor(
-                [
-                    [sequence.request.prompt_index for sequence in group],
-                    [sequence.request.rollout_index for sequence in group],
-                    [len(sequence.response_ids) for sequence in group],
-                ],
-                device=self.device,
-            )
-            student_SU, *teacher_SU = logits_SU
-            assert student_SU is not None
-            uniforms = Uniforms(self.sampling, *key_3S)
-            token_ids_S, record = self.policy.draw(
-                student_SU, teacher_SU[0] if teacher_SU else None, uniforms
-            )
-            self.records.append(([sequence.number for sequence in group], record))
-        else:
-            token_ids_S = torch.empty(len(group), dtype=torch.long, device=self.device)
+        if token_ids_N is None:
+            token_ids_N = torch.empty(count, dtype=torch.long, device=self.device)
         if layout.pp_size > 1:
-            dist.broadcast(token_ids_S, src=layout.last_stage_rank, group=layout.pp_group)
-        return token_ids_S.tolist()
+            dist.broadcast(token_ids_N, src=layout.last_stage_rank, group=layout.pp_group)
+        return token_ids_N.tolist()
+
+    def _keep(
+        self,
+        group: list[_Sequence],
+        counts: list[int],
+        record: TokenRecord,
+        teacher_NH: Tensor | None,
+    ) -> None:
+        """Remember the records (and hidden states) of the committed positions."""
+        positions_G = torch.arange(self.num_positions, device=self.device)
+        is_committed_SG = positions_G < torch.tensor(counts, device=self.device)[:, None]
+        kept_N = is_committed_SG.flatten().nonzero()[:, 0]
+        numbers = [s.number for s, n in zip(group, counts, strict=True) for _ in range(n)]
+        kept = {c.name: getattr(record, c.name)[kept_N] for c in fields(TokenRecord)}
+        if teacher_NH is not None and self.engine.config.keep_teacher_hidden:
+            kept["teacher_hidden"] = teacher_NH[kept_N]
+        self.records.append((numbers, kept))
 
     def collect(self) -> list[Rollout]:
-        """The finished rollouts, with their records sorted out of the steps."""
-        records = self._records_by_sequence()
+        """The finished rollouts, with their records sorted out of the rounds."""
+        columns = self._columns_by_sequence()
         return [
             Rollout(
                 prompt_index=sequence.request.prompt_index,
@@ -363,21 +315,27 @@ class _Run:
                 prompt_ids=sequence.request.prompt_ids,
                 response_ids=tuple(sequence.response_ids),
                 stopped=sequence.stopped,
-                record=records[sequence.number] if records else None,
+                teacher_calls=sequence.teacher_calls,
+                teacher_hidden=of_sequence.pop("teacher_hidden", None),
+                record=TokenRecord(**of_sequence) if of_sequence else None,
             )
-            for sequence in self.sequences
+            for sequence, of_sequence in zip(self.sequences, columns, strict=True)
         ]
 
-    def _records_by_sequence(self) -> list[TokenRecord]:
+    def _columns_by_sequence(self) -> list[dict[str, Tensor]]:
         if not self.records:
-            return []
+            return [{} for _ in self.sequences]
         number_N = torch.tensor([number for numbers, _ in self.records for number in numbers])
         order_N = torch.argsort(number_N, stable=True).to(self.device)
         lengths = [len(sequence.response_ids) for sequence in self.sequences]
-        columns = [
-            torch.cat([getattr(record, column.name) for _, record in self.records])[order_N]
-            .cpu()
-            .split(lengths)
-            for column in fields(TokenRecord)
-        ]
-        return [TokenRecord(*values) for values in zip(*columns, strict=True)]
+        columns: list[dict[str, Tensor]] = [{} for _ in self.sequences]
+        for name in self.records[0][1]:
+            values_N = torch.cat([kept[name] for _, kept in self.records])[order_N]
+            for of_sequence, values in zip(columns, values_N.split(lengths), strict=True):
+                of_sequence[name] = values
+        return columns
+
+
+@torch.no_grad()
+def _project(model: HiddenStateGPTModel, hidden_NH: Tensor) -> Tensor:
+    return model.project(hidden_NH)

@@ -62,17 +62,11 @@ from trb_megatron.optimizer import (
     set_learning_rate,
     wrap_student,
 )
+from trb_megatron.policies import BlendPolicy, Policy, Sampling, StudentPolicy
 from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
 from trb_megatron.report import describe_environment
 from trb_megatron.rewards import RewardWorkers
-from trb_megatron.rollout import (
-    BlendPolicy,
-    Policy,
-    Request,
-    RolloutEngine,
-    Sampling,
-    StudentPolicy,
-)
+from trb_megatron.rollout import Request, RolloutEngine
 
 
 class NonFiniteError(RuntimeError):
@@ -175,7 +169,8 @@ class Trainer:
             token_multiple(self.models.student.config),
         )
         with self.timer.phase("teacher"):
-            microbatches = self._add_teacher_hidden(microbatches)
+            if not (self.config.rollout.keep_teacher_hidden and kl_budget > 0):
+                microbatches = self._add_teacher_hidden(microbatches)
         with self.timer.phase("train"):
             loss_sums = self._forward_backward(microbatches)
             lr, grad_norm = self._update()
@@ -343,6 +338,8 @@ class Trainer:
         if records:
             sums["blend_coef"] = sum(float(r.blend_coef.sum()) for r in records)
             sums["kl_student"] = sum(float(r.kl_student.sum()) for r in records)
+            sums["accepted"] = sum(int(r.accepted.sum()) for r in records)
+            sums["teacher_calls"] = sum(r.teacher_calls for r in rollouts)
         total: dict[str, float] = {}
         for share in gather_from_leaders(sums, self.layout):
             for name, value in share.items():
@@ -476,6 +473,8 @@ def _averages(total: dict[str, float]) -> dict[str, float]:
             "behavior/blend_coef": total["blend_coef"] / tokens,
             "behavior/kl_per_token": total["kl_student"] / tokens,
             "behavior/kl_per_sequence": total["kl_student"] / rollouts,
+            "behavior/acceptance": total["accepted"] / tokens,
+            "rollout/teacher_calls_per_token": total["teacher_calls"] / tokens,
         }
     if total["rewards"] > 0:
         metrics["rollout/reward"] = total["reward"] / total["rewards"]
