@@ -48,7 +48,7 @@ LAYOUTS = (
         ),
     ),
     Layout(pp=2, overrides=("training.max_tokens_per_microbatch=64", "rollout.draft_tokens=3")),
-    Layout(dp=2, overrides=("optimizer.distributed=false", "rollout.draft_tokens=1")),
+    Layout(dp=2, overrides=("optimizer.distributed=false", "rollout.draft_tokens=auto")),
     Layout(tp=2, pp=2, overrides=("parallel.sequence_parallel=true", "rollout.draft_tokens=8")),
 )
 

@@ -142,7 +142,8 @@ class RolloutConfig(Section):
     max_sequences: Count = 256  # cache slots of one data-parallel rank
     page_tokens: Count = 64  # tokens of one page of the key/value cache
     max_prefill_tokens: Count = 16384  # prompt tokens of one forward pass
-    draft_tokens: CountFromZero = 4  # proposals of the student per teacher call; 0: token by token
+    # proposals of the student per teacher call; 0: token by token; auto: by measured costs
+    draft_tokens: Literal["auto"] | CountFromZero = "auto"
     keep_teacher_hidden: Flag = True  # from rollouts to the loss, which then runs no teacher
 
 

@@ -61,9 +61,16 @@ class Uniforms:
 
 
 class Policy(Protocol):
-    """A distribution over the next token; identical decisions on all tensor-parallel ranks."""
+    """A distribution over the next token, within `kl_budget` nats of the student.
 
-    needs_teacher: bool
+    Decisions are identical on all tensor-parallel ranks.
+    """
+
+    @property
+    def needs_teacher(self) -> bool: ...
+
+    @property
+    def kl_budget(self) -> float: ...
 
     def propose(self, student_logits_NU: Tensor, uniforms: Uniforms) -> Tensor:
         """The student's proposal [N], with which `draw` starts; collective over the TP group."""
@@ -84,6 +91,7 @@ class StudentPolicy:
     tp_group: dist.ProcessGroup | None = None
     alignment: StopAlignment | None = None
     needs_teacher = False
+    kl_budget = 0.0
 
     def propose(self, student_logits_NU: Tensor, uniforms: Uniforms) -> Tensor:
         """Inverse-CDF sampling by the draft uniform, or argmax at temperature 0."""

@@ -19,10 +19,13 @@ model's type on each rank, and as many of the teacher's.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +34,12 @@ from torch import Tensor
 from trb_megatron.batch import Rollout, TokenRecord
 from trb_megatron.config import RolloutConfig
 from trb_megatron.distributed import ParallelLayout
+from trb_megatron.drafting import (
+    MAX_POSITIONS,
+    DraftCosts,
+    choose_num_positions,
+    estimate_acceptance,
+)
 from trb_megatron.forward import forward_cached
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
 from trb_megatron.models import HiddenStateGPTModel, token_multiple
@@ -105,6 +114,8 @@ class RolloutEngine:
         self.teacher = teacher
         self.layout = layout
         self.config = config
+        self.draft_costs: DraftCosts | None = None
+        """What `draft_tokens: auto` decides by; measured by `measure_draft_costs`."""
         self.num_teacher_calls = 0
         """Teacher forward passes since the engine was made."""
 
@@ -119,13 +130,47 @@ class RolloutEngine:
         """
         if not requests:
             return []
+        run = _Run(self, requests, policy, sampling)
+        with self._student_in_inference():
+            while run.waiting or run.active:
+                run.round(run.admit() or run.active)  # prefill first: it fills the slots
+        return run.collect()
+
+    @contextmanager
+    def _student_in_inference(self) -> Iterator[None]:
         was_training = self.student.training
         self.student.eval()
-        run = _Run(self, requests, policy, sampling)
-        while run.waiting or run.active:
-            run.round(run.admit() or run.active)  # prefill first: it fills the slots
-        self.student.train(was_training)
-        return run.collect()
+        try:
+            yield
+        finally:
+            self.student.train(was_training)
+
+    def measure_draft_costs(self, policy: Policy, sampling: Sampling) -> DraftCosts:
+        """Time rounds of few and many sequences, with and without drafts, on made-up prompts.
+
+        Collective over all ranks of the job; rank 0's clock counts everywhere.
+        """
+        endless = replace(sampling, stop_ids=(), max_response_tokens=4 * MAX_POSITIONS)
+        seconds = {}
+        with self._student_in_inference():
+            for num_sequences in sorted({1, self.config.max_sequences}):
+                for num_positions in (1, 9):
+                    requests = [Request(i, 0, (0, 0)) for i in range(num_sequences)]
+                    run = _Run(self, requests, policy, endless, num_positions=num_positions)
+                    run.round(run.admit())
+                    rounds = [_time(self.layout.device, run.round, run.active) for _ in range(3)]
+                    seconds[num_sequences, num_positions] = min(rounds)
+        shared = [DraftCosts.fit(seconds)]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+
+def _time(device: torch.device, function: Callable[..., None], *args: Any) -> float:
+    started = time.perf_counter()
+    function(*args)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 class _Run:
@@ -137,6 +182,7 @@ class _Run:
         requests: Sequence[Request],
         policy: Policy,
         sampling: Sampling,
+        num_positions: int | None = None,
     ) -> None:
         self.engine = engine
         self.policy = policy
@@ -145,12 +191,13 @@ class _Run:
         self.waiting = deque(self.sequences)
         self.active: list[_Sequence] = []
         self.records: list[tuple[list[int], dict[str, Tensor]]] = []
-        drafts = engine.config.draft_tokens if policy.needs_teacher else 0
-        self.num_positions = drafts + 1
+        self.fixed_num_positions = num_positions or self._configured_num_positions()
+        self.num_positions = self.fixed_num_positions or MAX_POSITIONS
+        self.num_accepted = self.num_scanned = 0
 
         num_slots = min(engine.config.max_sequences, len(requests))
         longest_prompt = max(len(request.prompt_ids) for request in requests)
-        max_tokens = longest_prompt + sampling.max_response_tokens + drafts
+        max_tokens = longest_prompt + sampling.max_response_tokens + self.num_positions
         self.device = engine.layout.device
         self.token_multiple = token_multiple(engine.student.config)
         self.free_slots = list(range(num_slots))
@@ -163,6 +210,20 @@ class _Run:
 
     def _cache(self, model: HiddenStateGPTModel, max_tokens: int) -> PagedKVCache:
         return PagedKVCache(model.config, len(model.decoder.layers), self.page_table, max_tokens)
+
+    def _configured_num_positions(self) -> int | None:
+        """Positions of every round; None when each round chooses."""
+        if not self.policy.needs_teacher:
+            return 1
+        drafts = self.engine.config.draft_tokens
+        return None if drafts == "auto" else drafts + 1
+
+    def _choose_num_positions(self, num_sequences: int) -> int:
+        if self.fixed_num_positions is not None:
+            return self.fixed_num_positions
+        assert self.engine.draft_costs is not None, "draft_tokens=auto needs measured costs"
+        acceptance = estimate_acceptance(self.policy.kl_budget, self.num_accepted, self.num_scanned)
+        return choose_num_positions(self.engine.draft_costs, acceptance, num_sequences)
 
     def admit(self) -> list[_Sequence]:
         """Give free slots to waiting sequences, as many as one prefill may hold."""
@@ -180,13 +241,18 @@ class _Run:
 
     def round(self, group: list[_Sequence]) -> None:
         """Draft, score, draw and commit; see the module docstring."""
+        self.num_positions = self._choose_num_positions(len(group))
         student_SGU, drafted_ids = self._draft(group)
         teacher_NU, teacher_NH = self._score(group, drafted_ids)
-        drawn_ids, record = self._draw(group, student_SGU, teacher_NU)
+        drawn_ids, accepted, record = self._draw(group, student_SGU, teacher_NU)
         counts = [
             sequence.commit(drawn, drafted, self.sampling)
             for sequence, drawn, drafted in zip(group, drawn_ids, drafted_ids, strict=True)
         ]
+        self.num_scanned += sum(counts)
+        self.num_accepted += sum(
+            sum(flags[:count]) for flags, count in zip(accepted, counts, strict=True)
+        )
         if record is not None:
             self._keep(group, counts, record, teacher_NH)
         for sequence in group:
@@ -212,7 +278,7 @@ class _Run:
             if hidden_NH is not None:
                 proposed_S = self.policy.propose(logits[-1], self._uniforms(group, position, 1))
             past = [p + len(ids) for p, ids in zip(past, new_ids, strict=True)]
-            new_ids = [[token_id] for token_id in self._share(proposed_S, len(group))]
+            new_ids = [[token_id] for token_id in self._share(proposed_S, (len(group),))]
             for drafted, ids in zip(drafted_ids, new_ids, strict=True):
                 drafted.extend(ids)
         return (torch.stack(logits, dim=1) if logits else None), drafted_ids
@@ -256,15 +322,24 @@ class _Run:
 
     def _draw(
         self, group: list[_Sequence], student_SGU: Tensor | None, teacher_NU: Tensor | None
-    ) -> tuple[list[list[int]], TokenRecord | None]:
-        """The policy's tokens at all positions, [S][G] on every stage; records on the last."""
-        token_ids_N, record = None, None
+    ) -> tuple[list[list[int]], list[list[int]], TokenRecord | None]:
+        """Tokens of all positions and whether each was proposed, [S][G], on every stage.
+
+        The record of the positions is on the last stage only.
+        """
+        drawn_2N, record = None, None
         if student_SGU is not None:
             uniforms = self._uniforms(group, 0, self.num_positions)
             token_ids_N, record = self.policy.draw(student_SGU.flatten(0, 1), teacher_NU, uniforms)
-        token_ids = self._share(token_ids_N, len(group) * self.num_positions)
-        starts = range(0, len(token_ids), self.num_positions)
-        return [token_ids[start : start + self.num_positions] for start in starts], record
+            drawn_2N = torch.stack([token_ids_N, record.accepted.long()])
+        rows = len(group) * self.num_positions
+        token_ids, accepted = self._share(drawn_2N, (2, rows))
+        starts = range(0, rows, self.num_positions)
+        return (
+            [token_ids[start : start + self.num_positions] for start in starts],
+            [accepted[start : start + self.num_positions] for start in starts],
+            record,
+        )
 
     def _uniforms(self, group: list[_Sequence], first: int, count: int) -> Uniforms:
         """Of `count` positions from the `first` after the committed tokens of each sequence."""
@@ -279,14 +354,14 @@ class _Run:
         offset_N = torch.arange(count, device=self.device).repeat(len(group))
         return Uniforms(self.sampling, prompt_N, rollout_N, position_N + offset_N)
 
-    def _share(self, token_ids_N: Tensor | None, count: int) -> list[int]:
-        """Token ids of the last stage on every stage: a broadcast over the pipeline group."""
+    def _share(self, values: Tensor | None, shape: tuple[int, ...]) -> list[Any]:
+        """Integers of the last stage on every stage: a broadcast over the pipeline group."""
         layout = self.engine.layout
-        if token_ids_N is None:
-            token_ids_N = torch.empty(count, dtype=torch.long, device=self.device)
+        if values is None:
+            values = torch.empty(shape, dtype=torch.long, device=self.device)
         if layout.pp_size > 1:
-            dist.broadcast(token_ids_N, src=layout.last_stage_rank, group=layout.pp_group)
-        return token_ids_N.tolist()
+            dist.broadcast(values, src=layout.last_stage_rank, group=layout.pp_group)
+        return values.tolist()
 
     def _keep(
         self,

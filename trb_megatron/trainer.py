@@ -49,6 +49,7 @@ from trb_megatron.config import (
     save_config,
 )
 from trb_megatron.distributed import ParallelLayout, gather_from_leaders, is_rank_zero
+from trb_megatron.drafting import DraftCosts
 from trb_megatron.evaluate import Evaluator
 from trb_megatron.forward import forward_backward, forward_hidden
 from trb_megatron.hf_weights import save_hf_checkpoint
@@ -132,6 +133,8 @@ class Trainer:
         self.prompt_position = 0
         self._resume()
         _write_run_folder(config)
+        if self.is_distilling and config.rollout.draft_tokens == "auto" and self._kl_budget() > 0:
+            self.engine.draft_costs = self._draft_costs()
 
     # ------------------------------------------------------------------ the loop
 
@@ -202,7 +205,16 @@ class Trainer:
         share = slice(self.layout.dp_rank, None, self.layout.dp_size)
         if not self.is_distilling:
             return [self._supervised_example(prompt) for prompt in prompts[share]]
-        sampling = Sampling(
+        sampling = self._sampling()
+        requests = [
+            Request(prompt.index, number, prompt.token_ids)
+            for prompt in prompts
+            for number in range(self.config.rollout.rollouts_per_prompt)
+        ]
+        return self.engine.generate(requests[share], self._policy(sampling, kl_budget), sampling)
+
+    def _sampling(self) -> Sampling:
+        return Sampling(
             temperature=self.config.rollout.temperature,
             max_response_tokens=self.config.rollout.max_response_tokens,
             stop_ids=self.models.student_stop_ids,
@@ -210,12 +222,6 @@ class Trainer:
             step=self.step,
             num_valid=self.models.tokenizer_size,
         )
-        requests = [
-            Request(prompt.index, number, prompt.token_ids)
-            for prompt in prompts
-            for number in range(self.config.rollout.rollouts_per_prompt)
-        ]
-        return self.engine.generate(requests[share], self._policy(sampling, kl_budget), sampling)
 
     def _policy(self, sampling: Sampling, kl_budget: float) -> Policy:
         if kl_budget == 0:
@@ -381,6 +387,17 @@ class Trainer:
                 f"training.prompts_per_step: a step of {num_responses} responses leaves some of "
                 f"the {self.layout.dp_size} data-parallel replicas without work; raise it"
             )
+
+    def _draft_costs(self) -> DraftCosts:
+        """Costs of a rollout's rounds, measured when a run first starts and kept in its folder."""
+        file = self.run_dir / "draft_costs.json"
+        if file.is_file():
+            return DraftCosts(**json.loads(file.read_text()))
+        sampling = self._sampling()
+        costs = self.engine.measure_draft_costs(self._policy(sampling, self._kl_budget()), sampling)
+        if is_rank_zero():
+            file.write_text(json.dumps(dataclasses.asdict(costs)) + "\n")
+        return costs
 
     def _state(self) -> TrainingState:
         return TrainingState(

@@ -1,0 +1,179 @@
+"""Time of TRB rollouts: speculative against token by token, in one run.
+
+    torchrun --standalone --nproc-per-node 1 benchmarks/rollout.py     (2: tensor parallel)
+
+Random models: student 4 layers x 128, teacher 8 layers x --teacher-width, vocabulary 4,096, logits
+scaled so that the budget is active almost everywhere (see the column KL/ε). Ratios are those
+of medians over repetitions that alternate between the variants, because the machine is shared.
+"Vanilla" is what plain on-policy distillation does to collect its data: student rollouts, then one
+batched forward pass of the teacher over them.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from trb_megatron import distributed
+from trb_megatron.blending import StopAlignment
+from trb_megatron.config import ParallelConfig, RolloutConfig
+from trb_megatron.distributed import ParallelLayout
+
+VOCAB_SIZE = 4096
+STOP_ID = VOCAB_SIZE - 1
+PROMPT_TOKENS = 16
+
+
+def main() -> None:
+    """Measure every number of sequences that was asked for and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sequences", type=int, nargs="+", default=[4, 32, 128])
+    parser.add_argument("--drafts", nargs="+", default=["0", "2", "4", "8", "auto"])
+    parser.add_argument("--response-tokens", type=int, default=64)
+    parser.add_argument("--teacher-width", type=int, default=256)
+    parser.add_argument("--kl-budget", type=float, default=0.01)
+    parser.add_argument("--repetitions", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    layout = distributed.initialize(ParallelConfig(tensor_model_parallel_size=num_ranks))
+    with tempfile.TemporaryDirectory() as folder:
+        student = build_random_model(Path(folder) / "student", layout, layers=4, width=128, seed=0)
+        teacher = build_random_model(
+            Path(folder) / "teacher", layout, layers=8, width=options.teacher_width, seed=1
+        )
+    rows = [
+        row
+        for num_sequences in options.sequences
+        for row in measure(student, teacher, layout, num_sequences, options)
+    ]
+    if distributed.is_rank_zero():
+        print(
+            f"\nTP {layout.tp_size}, teacher width {options.teacher_width}, budget "
+            f"{options.kl_budget}, {options.response_tokens} tokens, "
+            f"median of {options.repetitions}\n"
+        )
+        print(
+            "| sequences | variant | seconds | speed-up | teacher calls/token | acceptance | KL/ε |"
+        )
+        print("|-|-|-|-|-|-|-|")
+        print("\n".join(rows))
+    distributed.shutdown()
+
+
+def build_random_model(
+    folder: Path, layout: ParallelLayout, *, layers: int, width: int, seed: int
+) -> torch.nn.Module:
+    """A random Qwen3 model, saved by rank 0 of transformers' class and loaded as ours."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from trb_megatron.hf_weights import load_hf_weights
+    from trb_megatron.models import build_model, read_hf_config
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.lm_head.weight.data.normal_(0, 2.0 / width**0.5)  # logits of standard deviation 2
+    model.save_pretrained(folder)
+    hf_config = read_hf_config(folder)
+    ours = build_model(hf_config, layout, vocab_size=VOCAB_SIZE, dtype=torch.float32)
+    load_hf_weights(ours, hf_config, layout)
+    return ours.eval().requires_grad_(False)
+
+
+def measure(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    layout: ParallelLayout,
+    num_sequences: int,
+    options: argparse.Namespace,
+) -> list[str]:
+    """Table rows of one number of sequences; the first variant is the yardstick."""
+    from trb_megatron.batch import build_microbatches
+    from trb_megatron.forward import forward_hidden
+    from trb_megatron.policies import BlendPolicy, Sampling, StudentPolicy
+    from trb_megatron.rollout import Request, RolloutEngine
+
+    sampling = Sampling(1.0, options.response_tokens, (STOP_ID,), 0, 0, VOCAB_SIZE)
+    alignment = StopAlignment((STOP_ID,), (STOP_ID,))
+    blend = BlendPolicy(sampling, options.kl_budget, alignment, layout.tp_group)
+    torch.manual_seed(7)
+    prompts = torch.randint(0, STOP_ID, (num_sequences, PROMPT_TOKENS)).tolist()
+    requests = [Request(i, 0, tuple(ids)) for i, ids in enumerate(prompts)]
+
+    def build_engine(drafts: str) -> RolloutEngine:
+        draft_tokens = "auto" if drafts == "auto" else int(drafts)
+        config = RolloutConfig(max_sequences=num_sequences, draft_tokens=draft_tokens)
+        engine = RolloutEngine(student, teacher, layout, config)
+        if drafts == "auto":
+            engine.draft_costs = engine.measure_draft_costs(blend, sampling)
+        return engine
+
+    engines = {drafts: build_engine(drafts) for drafts in options.drafts}
+
+    def collect_vanilla() -> list:
+        policy = StudentPolicy(sampling, layout.tp_group)
+        rollouts = engines[options.drafts[0]].generate(requests, policy, sampling)
+        for hidden_NH in forward_hidden(teacher, build_microbatches(rollouts, 8192, layout.device)):
+            teacher.project(hidden_NH)
+        return rollouts
+
+    variants: dict[str, Callable[[], list]] = {
+        "token by token" if drafts == "0" else f"{drafts} drafts": (
+            lambda engine=engine: engine.generate(requests, blend, sampling)
+        )
+        for drafts, engine in engines.items()
+    }
+    variants["vanilla"] = collect_vanilla
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    rollouts = {name: variant() for name, variant in variants.items()}  # warm up
+    for _ in range(options.repetitions):
+        for name, variant in variants.items():
+            torch.distributed.barrier()
+            started = time.perf_counter()
+            variant()
+            seconds[name].append(time.perf_counter() - started)
+    blended = [name for name in variants if name != "vanilla"]
+    tokens = {name: [r.response_ids for r in rollouts[name]] for name in blended}
+    assert all(tokens[name] == tokens[blended[0]] for name in blended), "drafts changed the tokens"
+    yardstick = statistics.median(seconds[blended[0]])
+    return [
+        describe(num_sequences, name, statistics.median(times), yardstick, rollouts[name], options)
+        for name, times in seconds.items()
+    ]
+
+
+def describe(
+    num_sequences: int,
+    name: str,
+    seconds: float,
+    yardstick: float,
+    rollouts: list,
+    options: argparse.Namespace,
+) -> str:
+    """One row of the table."""
+    num_tokens = sum(len(r.response_ids) for r in rollouts)
+    calls = sum(r.teacher_calls for r in rollouts) / num_tokens
+    accepted = torch.cat([r.record.accepted for r in rollouts]).double().mean()
+    active = torch.cat([r.record.kl_student for r in rollouts]).mean() / options.kl_budget
+    details = "- | - | -" if name == "vanilla" else f"{calls:.3f} | {accepted:.3f} | {active:.3f}"
+    return f"| {num_sequences} | {name} | {seconds:.2f} | {yardstick / seconds:.2f} | {details} |"
+
+
+if __name__ == "__main__":
+    main()
