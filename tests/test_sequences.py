@@ -1,0 +1,142 @@
+"""Whole responses of the speculative engine follow the exact law of the behavior policy.
+
+Over a vocabulary of four ids, one of which stops, all responses of up to three tokens are listed
+and their probabilities computed densely from transformers' logits; the engine must agree.
+"""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM
+
+from tests.distributed import run_distributed
+from tests.reference import dense_blend
+from tests.tiny import make_checkpoint
+
+NUM_IDS, STOP_ID, LENGTH, BUDGET = 4, 0, 3, 0.1
+PROMPT = (1, 2, 3)
+NUM_ROLLOUTS = 20_000
+DRAFTS = (0, 1, 4)
+
+Counts = dict[tuple[int, ...], int]
+
+
+def _always_accept(student_N: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(student_N, dtype=torch.bool)
+
+
+def _sample(folder: Path) -> dict[str, Counts]:
+    """How often each response was drawn, by draft length, and with a rule that always accepts."""
+    from trb_megatron import distributed
+    from trb_megatron.config import ParallelConfig, RolloutConfig
+
+    layout = distributed.initialize(ParallelConfig())
+
+    from trb_megatron.blending import StopAlignment
+    from trb_megatron.hf_weights import load_hf_weights
+    from trb_megatron.models import build_model, read_hf_config
+    from trb_megatron.policies import BlendPolicy, Sampling
+    from trb_megatron.rollout import Request, RolloutEngine
+
+    models = []
+    for name in ("student", "teacher"):
+        config = read_hf_config(folder / name)
+        model = build_model(config, layout, vocab_size=128, dtype=torch.float32)
+        load_hf_weights(model, config, layout)
+        models.append(model.eval().requires_grad_(False))
+    sampling = Sampling(1.0, LENGTH, (STOP_ID,), seed=3, step=0, num_valid=NUM_IDS)
+    alignment = StopAlignment((STOP_ID,), (STOP_ID,))
+    policy = BlendPolicy(sampling, BUDGET, alignment, layout.tp_group)
+    requests = [Request(i, 0, PROMPT) for i in range(NUM_ROLLOUTS)]
+
+    def count(drafts: int) -> Counts:
+        config = RolloutConfig(max_sequences=4096, draft_tokens=drafts)
+        engine = RolloutEngine(models[0], models[1], layout, config)
+        return Counter(r.response_ids for r in engine.generate(requests, policy, sampling))
+
+    counts = {f"{drafts} drafts": count(drafts) for drafts in DRAFTS}
+    with mock.patch("trb_megatron.blending.accept_tokens", _always_accept):
+        counts["always accept"] = count(1)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sequences")
+    make_checkpoint(folder / "student", num_layers=1)
+    make_checkpoint(folder / "teacher", seed=1, num_layers=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def counts(folder: Path) -> dict[str, Counts]:
+    return run_distributed(_sample, 1, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def probabilities(folder: Path) -> dict[tuple[int, ...], float]:
+    """Of every response: it stops, or it has LENGTH tokens."""
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder / name).eval()
+        for name in ("student", "teacher")
+    ]
+
+    def next_token(prefix: tuple[int, ...]) -> torch.Tensor:
+        with torch.no_grad():
+            student, teacher = (
+                model(torch.tensor([PROMPT + prefix])).logits[0, -1:, :NUM_IDS].double()
+                for model in models
+            )
+        return dense_blend(student, teacher, torch.tensor([BUDGET]).double()).logprobs[0].exp()
+
+    def probability(response: tuple[int, ...]) -> float:
+        steps = (next_token(response[:i])[token] for i, token in enumerate(response))
+        return float(np.prod([float(p) for p in steps]))
+
+    others = [i for i in range(NUM_IDS) if i != STOP_ID]
+    responses = [
+        (*body, last)
+        for length in range(1, LENGTH + 1)
+        for body in itertools.product(others, repeat=length - 1)
+        for last in (range(NUM_IDS) if length == LENGTH else (STOP_ID,))
+    ]
+    found = {response: probability(response) for response in responses}
+    assert sum(found.values()) == pytest.approx(1)
+    return found
+
+
+def _p_value(counts: Counts, probabilities: dict[tuple[int, ...], float]) -> float:
+    assert set(counts) <= set(probabilities)
+    # Rare responses are counted together, as the chi-square approximation asks.
+    common = [r for r, p in probabilities.items() if p * NUM_ROLLOUTS >= 10]
+    observed = [counts.get(r, 0) for r in common]
+    expected = [probabilities[r] * NUM_ROLLOUTS for r in common]
+    observed.append(NUM_ROLLOUTS - sum(observed))
+    expected.append(NUM_ROLLOUTS - sum(expected))
+    kept = [(o, e) for o, e in zip(observed, expected, strict=True) if e >= 1]
+    observed_kept, expected_kept = zip(*kept, strict=True)
+    scale = sum(observed_kept) / sum(expected_kept)
+    return float(chisquare(observed_kept, [e * scale for e in expected_kept]).pvalue)
+
+
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_frequencies_of_all_responses_are_exact(
+    counts: dict[str, Counts], probabilities: dict[tuple[int, ...], float], drafts: int
+) -> None:
+    assert _p_value(counts[f"{drafts} drafts"], probabilities) > 1e-3
+
+
+def test_every_draft_length_draws_the_same_responses(counts: dict[str, Counts]) -> None:
+    assert counts["0 drafts"] == counts["1 drafts"] == counts["4 drafts"]
+
+
+def test_a_wrong_rule_is_noticed(
+    counts: dict[str, Counts], probabilities: dict[tuple[int, ...], float]
+) -> None:
+    assert _p_value(counts["always accept"], probabilities) < 1e-6
