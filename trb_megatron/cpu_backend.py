@@ -7,6 +7,7 @@ checkpoints). `install` answers those calls for the CPU. On a machine with CUDA 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,10 +30,14 @@ class _FactoriesOnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@dataclass(frozen=True)
 class _Stream:
-    """A stream on which everything has already happened."""
+    """The one stream, and any event on it: everything has already happened."""
 
     def wait_stream(self, stream: Any) -> None: ...
+
+    def record_event(self) -> _Stream:
+        return self
 
     def wait_event(self, event: Any) -> None: ...
 
@@ -68,6 +73,7 @@ def install() -> bool:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.synchronize = lambda device=None: None
+    cuda.Stream = _Stream
     cuda.current_stream = lambda device=None: _Stream()
     cuda.get_rng_state = get_rng_state
     cuda.manual_seed = torch.manual_seed

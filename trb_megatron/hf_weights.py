@@ -19,10 +19,10 @@ from trb_megatron.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFTensors
 from trb_megatron.models import HFModelConfig, HiddenStateGPTModel
 from trb_megatron.param_mapping import MappedParam, map_params
 
-# Transformer Engine fuses a norm into the linear layer behind it, under another name.
+# Transformer Engine fuses a norm into the linear layer behind it, and checkpoints name it so.
 _FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 
 
@@ -38,8 +38,11 @@ def mapped_parameters(
             lambda match: f"decoder.layers.{int(match[1]) + first_layer}.",
             local_name,
         )
-        for fused, canonical in _FUSED_NORMS.items():
-            name = name.replace(fused, canonical)
+        # Transformer Engine's grouped experts number the weights instead of the modules.
+        name = re.sub(r"experts\.(\w+)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
+        if name not in mapping:
+            for separate, fused in _FUSED_NORMS.items():
+                name = name.replace(separate, fused)
         yield name, param, mapping[name]
 
 
