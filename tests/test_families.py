@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from checkpoints_tools import hf_to_megatron
 from tests.distributed import run_distributed
 from tests.families import FAMILIES, ORIGINAL_CONTEXT, SIZES, make_family_checkpoint
 from trb_megatron.hf_checkpoint import CheckpointError
@@ -21,7 +23,9 @@ IS_TIED = {"llama-linear": True, "qwen2": True, "qwen3_moe": True}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
-        make_family_checkpoint(folder / family, family, tied=IS_TIED.get(family, False))
+        source = make_family_checkpoint(folder / family, family, tied=IS_TIED.get(family, False))
+        target = folder / "megatron" / family
+        hf_to_megatron.main([str(source), str(target), "--tensor-parallel", "2"])
     return folder
 
 
@@ -47,10 +51,26 @@ def _logits(folder: Path, tp: int, pp: int) -> dict[str, torch.Tensor]:
         config = read_hf_config(folder / family)
         model = build_model(config, layout, vocab_size=128, dtype=torch.float32).eval()
         load_hf_weights(model, config, layout)
+        _check_megatron_reads_the_same(model, folder / "megatron" / family)
         logits_TV = forward_logits(model, _tokens()[0].tolist(), layout)
         if logits_TV is not None:
             logits[family] = logits_TV
     return logits
+
+
+def _check_megatron_reads_the_same(model: Any, checkpoint: Path) -> None:
+    """Megatron's own loader finds in a converted checkpoint what came from the HF folder."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    expected = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    loaded, missing, _ = dist_checkpointing.load(
+        model.sharded_state_dict(), str(checkpoint), strict=StrictHandling.RETURN_ALL
+    )
+    # Transformer Engine keeps calibration there, which an HF checkpoint has none of.
+    assert all("_extra_state" in key for key in missing), missing
+    for name, tensor in expected.items():
+        assert torch.equal(loaded[name], tensor), name
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"tp{layout[0]}-pp{layout[1]}")

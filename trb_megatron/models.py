@@ -417,6 +417,10 @@ def _layer_specs(config: TransformerConfig, on_gpu: bool) -> TransformerBlockSub
         if config.qk_layernorm:
             spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
             spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+        if config.num_moe_experts is not None:
+            # With experts, Transformer Engine's spec names this norm as it is; checkpoints of both
+            # shall have the same names.
+            del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         final_norm = RMSNorm
     spec.submodules.self_attention.module = PagedSelfAttention
     return TransformerBlockSubmodules(
