@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -106,7 +105,8 @@ def _print(description: dict[str, Any], *, as_json: bool) -> None:
         return
     tensors = description.pop("tensors", {})
     for name, value in description.items():
-        print(f"{name:<26} {value:,}" if isinstance(value, int) else f"{name:<26} {value}")
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        print(f"{name:<26} {value:,}" if is_count else f"{name:<26} {value}")
     for name, tensor in tensors.items():
         print(f"  {name} {tensor['shape']} {tensor['type']}")
 
