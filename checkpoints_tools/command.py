@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from trb_megatron.distributed import silence_megatron
 from trb_megatron.param_mapping import MappedParam, Shape
+
+# The commands import this module before Megatron, which warns as it is imported.
+silence_megatron()
 
 # Buffers, the metadata of all tensors, and what the allocator holds back.
 _OVERHEAD_BYTES = 128 * 2**20

@@ -91,7 +91,7 @@ def initialize(config: ParallelConfig, *, seed: int = 0) -> ParallelLayout:
     Raises:
         ConfigError: the world size is not a multiple of TP x PP.
     """
-    _silence_megatron()
+    silence_megatron()
     # What Megatron's tensor-parallel layers ask for, so that communication overlaps the backward.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_cpu = cpu_backend.install()
@@ -143,13 +143,15 @@ def user_errors() -> Iterator[None]:
         sys.exit(2)
 
 
-def _silence_megatron() -> None:
+def silence_megatron() -> None:
     """Hide warnings that Megatron causes and a user can do nothing about."""
     warnings.filterwarnings("ignore", module=r"megatron\.")  # optional packages it does without
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings(
         "ignore", message=r"The \.grad attribute of a Tensor that is not a leaf"
     )
+    # A conversion is one process by design.
+    warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")
 
 
 def shutdown() -> None:
