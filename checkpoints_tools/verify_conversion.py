@@ -152,6 +152,7 @@ def verify(options: argparse.Namespace) -> None:
     holds = layout.is_leader and report(comparisons, options)
     verdict = [holds]
     dist.broadcast_object_list(verdict, src=leader)
+    distributed.shutdown()
     if not verdict[0]:
         sys.exit(1)
 
