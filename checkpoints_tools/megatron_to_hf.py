@@ -1,18 +1,42 @@
-"""Export the student of a training checkpoint as a Hugging Face checkpoint.
+"""Write a Megatron checkpoint as a Hugging Face checkpoint.
 
-    python -m checkpoints_tools.megatron_to_hf RUN_DIR OUTPUT [--step N]
+    python -m checkpoints_tools.megatron_to_hf SOURCE OUTPUT [--max-shard-size 5GB] [--dry-run]
 
-RUN_DIR is the folder of a run; its newest checkpoint is exported unless --step names another.
-Configuration, tokenizer and generation config are those of the HF checkpoint that the run started
-from. Works on one process, whatever layout the run had, or under torchrun with --tensor-parallel
-and --pipeline-parallel.
+SOURCE is the folder of a training run (its newest checkpoint is taken unless --step names another),
+one checkpoint of a run, or what hf_to_megatron wrote. Tensors get the types that they had in the HF
+checkpoint that it all began with; configuration, tokenizer, chat template and generation config are
+those of that checkpoint, byte for byte.
+
+One process does it, whatever layout wrote SOURCE, with memory for the largest tensor, not for the
+model. OUTPUT appears when it is complete.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import re
 from pathlib import Path
+
+from checkpoints_tools.command import (
+    Progress,
+    add_conversion_options,
+    num_bytes,
+    print_plan,
+    run,
+)
+from trb_megatron.atomic_folder import new_folder
+from trb_megatron.checkpoint import find_checkpoint
+from trb_megatron.hf_checkpoint import (
+    ShardWriter,
+    TensorInfo,
+    copy_side_files,
+    plan_shards,
+    shard_name,
+    write_index,
+)
+from trb_megatron.megatron_tensors import HF_FOLDER, open_megatron_checkpoint, read_hf_dtypes
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,49 +46,82 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", type=Path, help="folder of the run")
-    parser.add_argument("output", type=Path, help="HF checkpoint folder to write; must not exist")
-    parser.add_argument("--step", type=int, help="checkpoint to export (default: the newest)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N")
-    parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="N")
-    options = parser.parse_args(arguments)
-    try:
-        export(options)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    parser.add_argument("source", type=Path, help="run folder or Megatron checkpoint folder")
+    parser.add_argument("output", type=Path, help="HF checkpoint folder to write")
+    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    parser.add_argument(
+        "--max-shard-size",
+        type=parse_size,
+        default=parse_size("5GB"),
+        metavar="SIZE",
+        help=f"largest safetensors file, in {', '.join(_UNITS)} (default: 5GB)",
+    )
+    add_conversion_options(parser)
+    run(convert, parser.parse_args(arguments))
 
 
-def export(options: argparse.Namespace) -> None:
-    """Do the export that the parsed options describe.
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB.
 
     Raises:
-        ValueError, TrainingCheckpointError: no such checkpoint, one that cannot be read, or a
-            target that exists.
+        argparse.ArgumentTypeError: not a positive number followed by a unit.
     """
-    from trb_megatron import distributed
-    from trb_megatron.config import ParallelConfig, parse_config
-
-    layout = distributed.initialize(
-        ParallelConfig(
-            tensor_model_parallel_size=options.tensor_parallel,
-            pipeline_model_parallel_size=options.pipeline_parallel,
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", text)
+    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write a number and one of {', '.join(_UNITS)}"
         )
-    )
+    return int(float(match[1]) * _UNITS[match[2]])
 
-    from trb_megatron.checkpoint import find_checkpoint, load_student, read_training_state
-    from trb_megatron.hf_weights import save_hf_checkpoint
-    from trb_megatron.model_pair import ModelPair
 
-    if options.output.exists():
-        raise ValueError(f"{options.output} exists; choose another folder")
-    checkpoint = find_checkpoint(options.run_dir, options.step)
-    config = parse_config(read_training_state(checkpoint).config, source=str(checkpoint))
-    models = ModelPair.load(config, layout, with_teacher=False)
-    load_student(checkpoint, models.student)
-    save_hf_checkpoint(models.student, models.student_config, layout, options.output)
-    if distributed.is_rank_zero():
-        print(f"exported {checkpoint} to {options.output}")
-    distributed.shutdown()
+def find_source(source: Path, step: int | None) -> Path:
+    """The Megatron checkpoint folder that SOURCE and --step mean.
+
+    Raises:
+        ValueError: --step for something that is no run.
+        TrainingCheckpointError: the run has no such checkpoint.
+    """
+    if (source / "checkpoints").is_dir():
+        return find_checkpoint(source, step)
+    if step is not None:
+        raise ValueError(f"{source}: --step {step} is for the folder of a run, which this is not")
+    return source
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Do the conversion that the parsed options describe.
+
+    Raises:
+        ValueError, RuntimeError, OSError: a checkpoint that cannot be used, a target that exists, a
+            full disk.
+    """
+    checkpoint = find_source(options.source, options.step)
+    tensors, params = open_megatron_checkpoint(checkpoint)
+    dtype_of = read_hf_dtypes(checkpoint)
+    infos = [
+        TensorInfo(name, dtype_of(name), shape)
+        for param in params.values()
+        for name, shape in zip(param.hf_names, param.hf_shapes, strict=True)
+    ]
+    if options.dry_run:
+        dtypes = {key: dtype for key, (_, dtype) in tensors.shapes().items()}
+        largest = max(num_bytes(p.full_shape, dtypes[p.key]) for p in params.values())
+        print_plan(params, dtypes, largest)
+        return
+    shards = plan_shards(infos, options.max_shard_size)
+    with (
+        new_folder(options.output, overwrite=options.overwrite) as partial,
+        Progress(sum(info.num_bytes for info in infos)) as progress,
+    ):
+        for i, shard in enumerate(shards):
+            with (partial / shard_name(i, len(shards))).open("wb") as file:
+                writer = ShardWriter(file, shard)
+                for info in shard:
+                    writer.write(info.name, tensors.slice(info.name)[:])
+                    progress.update(info.num_bytes)
+        write_index(partial, shards)
+        copy_side_files(checkpoint / HF_FOLDER, partial)
+    print(f"wrote {checkpoint} to {options.output}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from checkpoints_tools import megatron_to_hf
 from tests.distributed import run_distributed
 from tests.layouts import write_inputs
 from tests.runs import make_trainer, read_metrics, train, weights_digest
@@ -49,6 +52,19 @@ def interrupted(config_file: Path, undisturbed: Path) -> Path:
 def test_resumed_run_is_bit_identical(undisturbed: Path, interrupted: Path) -> None:
     assert weights_digest(interrupted / "hf") == weights_digest(undisturbed / "hf")
     assert read_metrics(interrupted) == read_metrics(undisturbed)
+
+
+def test_checkpoint_exports_what_the_run_exported(undisturbed: Path, tmp_path: Path) -> None:
+    """The distributed optimizer's state lies beside; the HF folder is not needed any more."""
+    megatron_to_hf.main([str(undisturbed), str(tmp_path / "hf"), "--step", "6"])
+    ours, expected = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", undisturbed / "hf")
+    )
+    assert set(ours) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (undisturbed / "hf" / name).read_bytes()
 
 
 def test_last_checkpoints_are_kept(undisturbed: Path) -> None:

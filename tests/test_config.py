@@ -11,6 +11,7 @@ from trb_megatron import config as config_module
 from trb_megatron.config import (
     Config,
     ConfigError,
+    ParallelConfig,
     check_world_size,
     config_fingerprint,
     config_warnings,
@@ -379,3 +380,8 @@ def test_commit_of_the_package_and_whether_it_was_changed(
     assert git_commit() == commit
     source.write_text("a = 2\n")
     assert git_commit() == f"{commit}-dirty"
+
+
+def test_expert_parallelism_is_refused() -> None:
+    with pytest.raises(ValueError, match="expert parallelism is not built yet; tensor parallel"):
+        ParallelConfig(expert_model_parallel_size=2)

@@ -138,4 +138,4 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="tensor w has type I8"):
-        HFTensors(tmp_path).dtype()
+        HFTensors(tmp_path).dtypes(["w"])

@@ -61,14 +61,17 @@ def _edit_config(folder: Path, **values: object) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "gpt_neox"}, "gpt_neox.*supported: qwen3"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        (
+            {"model_type": "gpt_neox"},
+            "gpt_neox.*supported: llama, mistral, qwen2, qwen3",
+        ),
+        ({"use_sliding_window": True, "sliding_window": 64}, "sliding_window = 64"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights .*gptq"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_type 'linear'",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type 'yarn'",
         ),
     ],
 )

@@ -1,8 +1,9 @@
 """Training checkpoints: written beside and renamed into place, resumed at any parallel layout.
 
 A checkpoint is a folder `checkpoints/step_N` of `megatron.core.dist_checkpointing` files (student
-and optimizer) plus `training_state.json`. N is the number of updates done. A folder with that name
-is complete; one that is being written is called `step_N.partial`.
+and optimizer), `training_state.json`, and what an export needs of the HF checkpoint that the
+student began as. N is the number of updates done. A folder with that name is complete; one that is
+being written is called `step_N.partial`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from trb_megatron.models import HiddenStateGPTModel
+from trb_megatron.hf_weights import expected_tensors
+from trb_megatron.megatron_tensors import carry_hf_files
+from trb_megatron.models import HFModelConfig
 from trb_megatron.optimizer import load_optimizer_state
 
 STATE_FILE = "training_state.json"
@@ -103,11 +106,13 @@ def save_checkpoint(
     student: DistributedDataParallel,
     optimizer: MegatronOptimizer,
     state: TrainingState,
+    hf_config: HFModelConfig,
     keep: int,
 ) -> Path:
     """Write `checkpoints/step_N` and delete all but the last `keep` checkpoints.
 
-    Collective over all ranks.
+    Collective over all ranks. `hf_config` is of the HF checkpoint that the student began as; what
+    an export needs of it goes along.
 
     Raises:
         TrainingCheckpointError: the write failed, on a full disk for example; what was half written
@@ -131,6 +136,8 @@ def save_checkpoint(
             content_metadata=_CONTENT,
         )
         if dist.get_rank() == 0:
+            names = expected_tensors(hf_config, student.module.vocab_size)
+            carry_hf_files(hf_config.path, names, partial)
             (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
     except Exception as failure:  # any failure of any rank must stop all ranks, with the reason
         error = failure
@@ -184,12 +191,6 @@ def load_checkpoint(
     state = _load(checkpoint, _sharded_state(student, optimizer, is_loading=True))
     student.module.load_state_dict(state["model"])
     load_optimizer_state(optimizer, state["optimizer"])
-
-
-def load_student(checkpoint: Path, student: HiddenStateGPTModel) -> None:
-    """Load only the student's weights. Collective over all ranks; errors as `load_checkpoint`."""
-    model_state = student.sharded_state_dict(metadata=_CONTENT)
-    student.load_state_dict(_load(checkpoint, {"model": model_state})["model"])
 
 
 def _load(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:

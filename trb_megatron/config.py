@@ -92,12 +92,23 @@ class ModelConfig(Section):
     path: ConfigPath
 
 
+def _refuse_expert_parallelism(size: int) -> int:
+    if size != 1:
+        raise ValueError(
+            "expert parallelism is not built yet; tensor parallelism cuts the experts, too: raise "
+            "parallel.tensor_model_parallel_size instead"
+        )
+    return size
+
+
 class ParallelConfig(Section):
     """How both models are spread over the ranks."""
 
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
     sequence_parallel: Flag = False
+    # there to say so: the experts of a mixture are cut over tensor-parallel ranks
+    expert_model_parallel_size: Annotated[Count, AfterValidator(_refuse_expert_parallelism)] = 1
     timeout_minutes: Positive = 30.0  # of every collective
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,10 +33,14 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return create
 
 
+@dataclass(frozen=True)
 class _Stream:
-    """A stream on which everything has already happened."""
+    """The one stream, and any event on it: everything has already happened."""
 
     def wait_stream(self, stream: Any) -> None: ...
+
+    def record_event(self) -> _Stream:
+        return self
 
     def wait_event(self, event: Any) -> None: ...
 
@@ -71,6 +76,7 @@ def install() -> bool:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.synchronize = lambda device=None: None
+    cuda.Stream = _Stream
     cuda.current_stream = lambda device=None: _Stream()
     cuda.get_rng_state = get_rng_state
     cuda.manual_seed = torch.manual_seed

@@ -23,6 +23,7 @@ T = TypeVar("T")
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")  # in a conversion
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,33 @@
-"""A Hugging Face checkpoint folder: its configuration, and its tensors read slice by slice."""
+"""A Hugging Face checkpoint folder: its configuration, and its tensors read and written in slices.
+
+Everything beside the weights (configuration, tokenizer, chat template, generation config) is
+carried along as files, byte for byte.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trb_megatron.atomic_folder import PARTIAL_SUFFIX
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WEIGHTS = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
+    *("*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
+)
+CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 class CheckpointError(ValueError):
@@ -45,6 +61,7 @@ class HFTensors:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_partial(path)
         if (path / INDEX_FILE).is_file():
             weight_map = read_json(path / INDEX_FILE).get("weight_map", {})
         elif (path / SINGLE_FILE).is_file():
@@ -52,7 +69,8 @@ class HFTensors:
         else:
             pickled = sorted(p.name for p in path.glob("*.bin")) if path.is_dir() else []
             hint = (
-                f"; {pickled[0]} is a pickle, which is never loaded: save with safetensors"
+                f"; {pickled[0]} is a pickle, which could run code and is never loaded. Convert it "
+                "where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
                 if pickled
                 else ""
             )
@@ -86,20 +104,20 @@ class HFTensors:
         """A lazy slice of a tensor: index it to read."""
         return self._handles[self._file_of[name]].get_slice(name)
 
-    def dtype(self) -> str:
-        """The floating type of the tensors, as torch spells it ("bfloat16").
+    def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
+        """The floating type of each of these tensors.
 
         Raises:
             CheckpointError: a tensor is neither fp32, fp16 nor bf16 (a quantised checkpoint).
         """
-        for name in sorted(self.names):
-            dtype = self.slice(name).get_dtype()
+        found = {name: self.slice(name).get_dtype() for name in names}
+        for name, dtype in found.items():
             if dtype not in DTYPES:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} has type {dtype}; only fp32, fp16 and bf16 "
                     "weights can be loaded (dequantise the checkpoint first)"
                 )
-        return DTYPES[self.slice(min(self.names)).get_dtype()]
+        return {name: DTYPES[dtype] for name, dtype in found.items()}
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse a checkpoint that lacks a tensor or has one of another shape.
@@ -118,3 +136,101 @@ class HFTensors:
                     f"{self.path}: tensor {name} has shape {list(found)}, "
                     f"config.json asks for {list(shape)}"
                 )
+
+
+def refuse_partial(path: Path) -> None:
+    """Refuse a folder that was being written when its writer died.
+
+    Raises:
+        CheckpointError: the folder's name says that it is not complete.
+    """
+    if path.name.endswith(PARTIAL_SUFFIX):
+        raise CheckpointError(f"{path}: incomplete; whatever wrote it did not finish. Run it again")
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy everything but the weights of an HF checkpoint folder."""
+    target.mkdir(exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not any(file.match(pattern) for pattern in _WEIGHTS):
+            shutil.copyfile(file, target / file.name)
+    if (source / CHAT_TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATE_FOLDER, target / CHAT_TEMPLATE_FOLDER)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, type and shape of a tensor that is going to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def plan_shards(tensors: Iterable[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
+    """Cut tensors into files of at most `max_bytes`; a larger tensor gets a file of its own."""
+    shards: list[list[TensorInfo]] = []
+    size = 0
+    for tensor in tensors:
+        if not shards or size + tensor.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    return shards
+
+
+def shard_name(index: int, num_shards: int) -> str:
+    """The file name that transformers gives a shard."""
+    if num_shards == 1:
+        return SINGLE_FILE
+    return f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
+
+
+def write_index(folder: Path, shards: list[list[TensorInfo]]) -> None:
+    """Write the index that a checkpoint of several files needs, as transformers does."""
+    if len(shards) == 1:
+        return
+    weight_map = {
+        tensor.name: shard_name(i, len(shards))
+        for i, shard in enumerate(shards)
+        for tensor in shard
+    }
+    total_size = sum(tensor.num_bytes for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class ShardWriter:
+    """One safetensors file, written tensor by tensor in the order announced.
+
+    A file begins with the length of its header (8 bytes, little endian) and the header, a JSON
+    object with the type, shape and byte range of each tensor; the tensors' bytes follow.
+    """
+
+    def __init__(self, file: BinaryIO, tensors: Iterable[TensorInfo]) -> None:
+        self._file = file
+        self._expected = iter(list(tensors))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for tensor in tensors:
+            header[tensor.name] = {
+                "dtype": _DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + tensor.num_bytes],
+            }
+            offset += tensor.num_bytes
+        encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
+        encoded += b" " * (-len(encoded) % 8)  # the tensors start at a multiple of 8
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor, in the announced type."""
+        expected = next(self._expected)
+        assert (name, tuple(tensor.shape)) == (expected.name, expected.shape)
+        flat = tensor.to(device="cpu", dtype=expected.dtype).contiguous().flatten()
+        self._file.write(flat.view(torch.uint8).numpy().data)

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
+from trb_megatron.atomic_folder import PARTIAL_SUFFIX, finish_folder, start_folder
 from trb_megatron.distributed import ParallelLayout
-from trb_megatron.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HFTensors
+from trb_megatron.hf_checkpoint import (
+    HFTensors,
+    ShardWriter,
+    TensorInfo,
+    copy_side_files,
+    shard_name,
+    write_index,
+)
 from trb_megatron.models import HFModelConfig, HiddenStateGPTModel
-from trb_megatron.param_mapping import MappedParam, map_params
+from trb_megatron.param_mapping import MappedParam, TensorSlice, map_params, stored_params
 
-# Transformer Engine fuses a norm into the linear layer behind it, under another name.
+# Transformer Engine fuses a norm into the linear layer behind it, and checkpoints name it so.
 _FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 
 
@@ -38,30 +44,50 @@ def mapped_parameters(
             lambda match: f"decoder.layers.{int(match[1]) + first_layer}.",
             local_name,
         )
-        for fused, canonical in _FUSED_NORMS.items():
-            name = name.replace(fused, canonical)
+        # Transformer Engine's grouped experts number the weights instead of the modules.
+        name = re.sub(r"experts\.(\w+)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
+        if name not in mapping:
+            for separate, fused in _FUSED_NORMS.items():
+                name = name.replace(separate, fused)
         yield name, param, mapping[name]
 
 
-@torch.no_grad()
+class TensorSource(Protocol):
+    """Where HF tensors are read from, by name: an HF checkpoint, or a Megatron one."""
+
+    def slice(self, name: str) -> TensorSlice: ...
+
+
 def load_hf_weights(
     model: HiddenStateGPTModel, config: HFModelConfig, layout: ParallelLayout
 ) -> None:
-    """Fill a model from safetensors; each rank reads only the slices that it owns. Not collective.
+    """Fill a model from safetensors. Not collective.
 
     Raises:
         CheckpointError: missing or misshapen tensors, truncated files.
     """
     tensors = HFTensors(config.path)
-    tensors.dtype()
-    mapping = map_params(config.family, config.shape(model.vocab_size))
-    tensors.check(
-        {
-            name: shape
-            for param in mapping.values()
-            for name, shape in zip(param.hf_names, param.hf_shapes, strict=True)
-        }
-    )
+    expected = expected_tensors(config, model.vocab_size)
+    tensors.check(expected)
+    tensors.dtypes(expected)
+    fill_model(model, config, layout, tensors)
+
+
+def expected_tensors(config: HFModelConfig, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every HF tensor that a model is made of."""
+    params = stored_params(config.family, config.shape(padded_vocab_size))
+    return {
+        name: shape
+        for param in params.values()
+        for name, shape in zip(param.hf_names, param.hf_shapes, strict=True)
+    }
+
+
+@torch.no_grad()
+def fill_model(
+    model: HiddenStateGPTModel, config: HFModelConfig, layout: ParallelLayout, tensors: TensorSource
+) -> None:
+    """Copy the slices that this rank owns into its part of a model. Not collective."""
     for _, param, mapped in mapped_parameters(model, config):
         hf = [tensors.slice(name) for name in mapped.hf_names]
         param.copy_(mapped.read_shard(hf, layout.tp_rank, layout.tp_size))
@@ -87,81 +113,70 @@ def save_hf_checkpoint(
     """Export a model as an HF checkpoint folder beside the files of the folder it came from.
 
     Collective over all ranks. The first data-parallel replica writes one safetensors file per
-    pipeline stage, in the type of the source checkpoint and with its `hf_vocab_size` rows;
-    configuration, tokenizer, chat template and generation config are copied. The folder is written
-    as `<target>.partial` and renamed when complete, replacing an older export.
+    pipeline stage, each tensor in the type that the source checkpoint has it in and with its
+    `hf_vocab_size` rows; configuration, tokenizer, chat template and generation config are copied.
+    The folder is written as `<target>.partial` and renamed when complete, replacing an older
+    export.
     """
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        start_folder(target)
     dist.barrier()
+    tensors = _stage_tensors(model, config)
     if layout.dp_rank == 0:
-        _save_stage(model, config, layout, partial)
-    dist.barrier()
+        _save_stage(model, config, layout, tensors, partial)
+    stages = _gather_stages(tensors, layout)  # all have written when this returns
     if dist.get_rank() == 0:
-        _finish_export(config, layout.pp_size, partial)
-        _replace_folder(partial, target)
+        write_index(partial, stages)
+        copy_side_files(config.path, partial)
+        finish_folder(partial, target)
     dist.barrier()
 
 
-def _stage_file(stage: int, pp_size: int) -> str:
-    if pp_size == 1:
-        return SINGLE_FILE
-    return f"model-{stage + 1:05d}-of-{pp_size:05d}.safetensors"
+def _exported_parameters(
+    model: HiddenStateGPTModel, config: HFModelConfig
+) -> Iterator[tuple[torch.nn.Parameter, MappedParam]]:
+    """This rank's parameters without the second use of a tied embedding."""
+    for name, param, mapped in mapped_parameters(model, config):
+        if not (name == "output_layer.weight" and config.tied_embeddings):
+            yield param, mapped
+
+
+def _stage_tensors(model: HiddenStateGPTModel, config: HFModelConfig) -> list[TensorInfo]:
+    """The HF tensors of this pipeline stage, in the order of its parameters."""
+    shapes = {
+        name: shape
+        for _, mapped in _exported_parameters(model, config)
+        for name, shape in zip(mapped.hf_names, mapped.hf_shapes, strict=True)
+    }
+    dtypes = HFTensors(config.path).dtypes(shapes)
+    return [TensorInfo(name, dtypes[name], shape) for name, shape in shapes.items()]
 
 
 def _save_stage(
-    model: HiddenStateGPTModel, config: HFModelConfig, layout: ParallelLayout, folder: Path
+    model: HiddenStateGPTModel,
+    config: HFModelConfig,
+    layout: ParallelLayout,
+    tensors: list[TensorInfo],
+    folder: Path,
 ) -> None:
-    dtype = getattr(torch, HFTensors(config.path).dtype())
-    tensors: dict[str, Tensor] = {}
-    for name, param, mapped in mapped_parameters(model, config):
-        shards = _gather_shards(param.data, layout)
-        if layout.tp_rank == 0 and not (name == "output_layer.weight" and config.tied_embeddings):
-            for hf_name, tensor in mapped.join_shards(shards).items():
-                tensors[hf_name] = tensor.to(device="cpu", dtype=dtype).contiguous()
-    if layout.tp_rank == 0:
-        file = folder / _stage_file(layout.pp_rank, layout.pp_size)
-        save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors makes files that only their owner reads
-        _fsync(file)
+    """Write this stage's file parameter by parameter. Gathers over the tensor-parallel group."""
+    with ExitStack() as stack:
+        if layout.tp_rank == 0:
+            file = stack.enter_context(
+                (folder / shard_name(layout.pp_rank, layout.pp_size)).open("wb")
+            )
+            writer = ShardWriter(file, tensors)
+        for param, mapped in _exported_parameters(model, config):
+            shards = _gather_shards(param.data, layout)
+            if layout.tp_rank == 0:
+                for name, tensor in mapped.join_shards(shards).items():
+                    writer.write(name, tensor)
 
 
-def _finish_export(config: HFModelConfig, pp_size: int, folder: Path) -> None:
-    for file in sorted(config.path.iterdir()):
-        if file.is_file() and not file.name.startswith("model") and file.suffix != ".bin":
-            shutil.copyfile(file, folder / file.name)
-    if pp_size > 1:
-        tensors = {
-            name: _stage_file(stage, pp_size)
-            for stage in range(pp_size)
-            for name in _tensor_names(folder / _stage_file(stage, pp_size))
-        }
-        total = sum((folder / _stage_file(s, pp_size)).stat().st_size for s in range(pp_size))
-        index = {"metadata": {"total_size": total}, "weight_map": tensors}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file in folder.iterdir():
-        _fsync(file)
-
-
-def _tensor_names(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as handle:
-        return sorted(handle.keys())
-
-
-def _replace_folder(partial: Path, target: Path) -> None:
-    """Put a complete folder in the place of an older one; there is no moment without either."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def _gather_stages(tensors: list[TensorInfo], layout: ParallelLayout) -> list[list[TensorInfo]]:
+    """The tensors of each pipeline stage, first stage first. An all-gather over the world."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (layout.pp_rank, tensors))
+    by_stage = dict(gathered)
+    return [by_stage[stage] for stage in range(layout.pp_size)]

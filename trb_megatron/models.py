@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -36,7 +37,7 @@ from torch import Tensor
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.hf_checkpoint import CheckpointError, read_json
 from trb_megatron.kv_cache import paged_attention
-from trb_megatron.param_mapping import FAMILIES, ModelShape
+from trb_megatron.param_mapping import FAMILIES, ModelShape, has_parameter
 
 VOCAB_MULTIPLE = 128
 """Padded vocabularies are multiples of this and of TP: power-of-two TP sizes agree on it."""
@@ -46,7 +47,10 @@ VOCAB_MULTIPLE = 128
 class HFModelConfig:
     """What a model needs to know of its HF `config.json`.
 
-    `max_positions` is the longest sequence (prompt and response) that the model was made for.
+    `inv_freq` are the angular frequencies of the rotary embedding, scaling applied, one for each
+    pair of a head's dimensions. `max_positions` is the longest sequence (prompt and response) that
+    the model was made for. The `expert` sizes are 0 in a dense model; `normalize_expert_weights`
+    says whether the weights of the chosen experts are made to sum to one.
     """
 
     path: Path
@@ -60,8 +64,12 @@ class HFModelConfig:
     vocab_size: int
     tied_embeddings: bool
     norm_epsilon: float
-    rope_theta: float
+    inv_freq: tuple[float, ...]
     max_positions: int
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    normalize_expert_weights: bool = False
 
     def shape(self, padded_vocab_size: int) -> ModelShape:
         """The sizes that the parameter mapping needs, at a padded vocabulary."""
@@ -75,6 +83,8 @@ class HFModelConfig:
             hf_vocab_size=self.vocab_size,
             padded_vocab_size=padded_vocab_size,
             tied_embeddings=self.tied_embeddings,
+            num_experts=self.num_experts,
+            expert_ffn_hidden_size=self.expert_ffn_hidden_size,
         )
 
 
@@ -83,30 +93,35 @@ def read_hf_config(path: Path) -> HFModelConfig:
 
     Raises:
         CheckpointError: missing or broken file, an unsupported architecture (the supported ones are
-            listed), or a feature that the model would need and that is not built (rope scaling,
-            sliding windows, another activation, quantisation).
+            listed), or a feature that the model would need and that is not built (some kinds of
+            rope scaling, sliding windows, another activation, quantisation).
     """
-    raw = read_json(path / "config.json")
+    file = path / "config.json"
+    raw = read_json(file)
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise CheckpointError(
-            f"{path / 'config.json'}: model_type {family!r} is not supported; "
+            f"{file}: model_type {family!r} is not supported; "
             f"supported: {', '.join(sorted(FAMILIES))}"
+        )
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{file}: quantised weights (quantization_config, method {method!r}) cannot be trained "
+            "or converted; use the checkpoint that they were made from, or dequantise them"
         )
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    rope = config.rope_parameters
-    unsupported = {
-        "quantization_config": raw.get("quantization_config") is not None,
-        f"rope_type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
-        "use_sliding_window": bool(config.use_sliding_window),
-        "attention_bias": bool(config.attention_bias),
-        f"hidden_act {config.hidden_act!r}": config.hidden_act != "silu",
-    }
-    for feature, is_used in unsupported.items():
+    try:
+        config: Any = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers' validators raise several types
+        raise CheckpointError(f"{file}: not a valid {family} configuration: {error}") from error
+    for feature, is_used in _unsupported_features(config).items():
         if is_used:
-            raise CheckpointError(f"{path / 'config.json'}: {feature} is not supported")
+            raise CheckpointError(f"{file}: {feature} is not supported")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return HFModelConfig(
         path=path,
         family=family,
@@ -115,13 +130,72 @@ def read_hf_config(path: Path) -> HFModelConfig:
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
         tied_embeddings=config.tie_word_embeddings,
         norm_epsilon=config.rms_norm_eps,
-        rope_theta=rope["rope_theta"],
+        inv_freq=tuple(_rope_frequencies(config, head_dim).tolist()),
         max_positions=config.max_position_embeddings,
+        **_expert_config(config),
     )
+
+
+def _unsupported_features(config: Any) -> dict[str, bool]:
+    """What a model would have to do that this one doesn't; not every family knows every feature."""
+    rope_type = config.rope_parameters["rope_type"]
+    window = getattr(config, "sliding_window", None)
+    return {
+        f"rope_type {rope_type!r} (only {', '.join(ROPE_TYPES)})": rope_type not in ROPE_TYPES,
+        "partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
+        f"a sliding window (sliding_window = {window}, use_sliding_window)": (
+            window is not None
+            and getattr(config, "use_sliding_window", True)
+            and window < config.max_position_embeddings
+        ),
+        "attention_bias": bool(getattr(config, "attention_bias", False)),
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        f"hidden_act {config.hidden_act!r}": config.hidden_act != "silu",
+        "a mixture of dense and expert layers (decoder_sparse_step, mlp_only_layers)": (
+            getattr(config, "decoder_sparse_step", 1) != 1
+            or bool(getattr(config, "mlp_only_layers", None))
+        ),
+    }
+
+
+def _expert_config(config: Any) -> dict[str, Any]:
+    if not has_parameter(config.model_type, "mlp.router.weight"):
+        return {}
+    return {
+        "num_experts": config.num_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "expert_ffn_hidden_size": config.moe_intermediate_size,
+        "normalize_expert_weights": config.norm_topk_prob,
+    }
+
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def _rope_frequencies(config: Any, head_dim: int) -> Tensor:
+    """Angular frequencies of the rotary embedding [head_dim / 2], fp32.
+
+    "linear" divides all by a factor. "llama3" divides those whose wavelength exceeds the original
+    context divided by `low_freq_factor`, keeps those shorter than the context divided by
+    `high_freq_factor`, and blends linearly between (Llama 3.1, `apply_scaling` of the reference
+    code). Megatron has constants in place of these numbers.
+    """
+    rope = config.rope_parameters
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    inv_freq = 1.0 / (rope["rope_theta"] ** exponents)
+    if rope["rope_type"] == "default":
+        return inv_freq
+    scaled = inv_freq / rope["factor"]
+    if rope["rope_type"] == "linear":
+        return scaled
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns_in_context = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    unscaled_share = ((turns_in_context - low) / (high - low)).clamp(0.0, 1.0)
+    return unscaled_share * inv_freq + (1 - unscaled_share) * scaled
 
 
 def padded_vocab_size(vocab_sizes: list[int], tp_size: int) -> int:
@@ -147,6 +221,10 @@ class RMSNorm(torch.nn.RMSNorm):
 # The attention asserts a flash-attention package before it calls the kernel that
 # `PagedSelfAttention` replaces; the name exists in all supported versions.
 megatron_attention.is_fa_min_version = lambda *args, **kwargs: True
+
+# The router compares this with None, but 0.16 leaves it undefined without Transformer Engine.
+if not HAVE_TE:
+    moe_utils.te_general_gemm = None
 
 
 class PagedSelfAttention(SelfAttention):
@@ -228,6 +306,7 @@ def check_layout(config: HFModelConfig, tp_size: int, pp_size: int) -> None:
         ("num_attention_heads", config.num_attention_heads),
         ("num_key_value_heads", config.num_query_groups),
         ("intermediate_size", config.ffn_hidden_size),
+        ("moe_intermediate_size", config.expert_ffn_hidden_size),
     ):
         if size % tp_size != 0:
             raise ValueError(
@@ -272,7 +351,8 @@ def _transformer_config(
         kv_channels=config.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=config.norm_epsilon,
-        qk_layernorm=True,
+        qk_layernorm=has_parameter(config.family, "q_layernorm.weight"),
+        add_qkv_bias=has_parameter(config.family, "linear_qkv.bias"),
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -283,7 +363,8 @@ def _transformer_config(
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
         pipeline_model_parallel_layout=_pipeline_layout(config.num_layers, layout.pp_size),
-        sequence_parallel=sequence_parallel and layout.tp_size > 1,
+        # Megatron trains experts under tensor parallelism only with it.
+        sequence_parallel=(sequence_parallel or config.num_experts > 0) and layout.tp_size > 1,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -297,22 +378,49 @@ def _transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         apply_rope_fusion=False,
+        **_expert_settings(config, on_gpu),
         **recompute,
     )
 
 
+def _expert_settings(config: HFModelConfig, on_gpu: bool) -> dict[str, Any]:
+    if config.num_experts == 0:
+        return {}
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_ffn_hidden_size": config.expert_ffn_hidden_size,
+        "moe_router_topk": config.experts_per_token,
+        # A softmax over the chosen experts alone is one over all, made to sum to one.
+        "moe_router_pre_softmax": not config.normalize_expert_weights,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": HAVE_TE and on_gpu,
+    }
+
+
 def _layer_specs(config: TransformerConfig, on_gpu: bool) -> TransformerBlockSubmodules:
+    kinds = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+    }
     if HAVE_TE and on_gpu:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        spec = get_gpt_layer_with_transformer_engine_spec(**kinds)
         final_norm: Any = TENorm
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(**kinds, normalization="RMSNorm")
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
-        spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
-        spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+        if config.qk_layernorm:
+            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+        if config.num_moe_experts is not None:
+            # With experts, Transformer Engine's spec names this norm as it is; checkpoints of both
+            # shall have the same names.
+            del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         final_norm = RMSNorm
     spec.submodules.self_attention.module = PagedSelfAttention
     return TransformerBlockSubmodules(
@@ -352,8 +460,8 @@ def build_model(
         post_process=layout.is_last_stage,
         share_embeddings_and_output_weights=config.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=config.rope_theta,
     )
+    model.rotary_pos_emb.inv_freq = torch.tensor(config.inv_freq, device=layout.device)
     _mark_tensor_parallel(model)
     return model.to(device=layout.device, dtype=dtype)
 

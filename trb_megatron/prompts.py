@@ -427,6 +427,31 @@ def tokenizer_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def check_tokenizer_fits(path: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a model folder and check that the model knows all of its ids.
+
+    Raises ValueError naming the folder when an id lies beyond the model's `vocab_size` rows, when a
+    special token is none of the tokenizer's, or when no token has one of the model's stop ids.
+    """
+    tokenizer = load_tokenizer(path)
+    size = tokenizer_size(tokenizer)
+    if size > vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has ids up to {size - 1}, but vocab_size is {vocab_size}"
+        )
+    vocabulary = tokenizer.get_vocab()
+    for token in tokenizer.all_special_tokens:
+        if token not in vocabulary:
+            raise ValueError(f"{path}: the special token {token!r} is not in the tokenizer")
+    for token_id in stop_ids(path):
+        if token_id >= size:
+            raise ValueError(
+                f"{path}: stop id {token_id} is not in the tokenizer, whose highest id is "
+                f"{size - 1}; correct generation_config.json"
+            )
+    return tokenizer
+
+
 def check_same_tokenizer(
     student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast
 ) -> None:

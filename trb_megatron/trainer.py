@@ -409,7 +409,12 @@ class Trainer:
 
     def _save(self) -> None:
         save_checkpoint(
-            self.run_dir, self.student, self.optimizer, self._state(), self.config.checkpoint.keep
+            self.run_dir,
+            self.student,
+            self.optimizer,
+            self._state(),
+            self.models.student_config,
+            self.config.checkpoint.keep,
         )
         self.timer.finish_step()
 

@@ -1,0 +1,125 @@
+"""Write a Hugging Face checkpoint as a Megatron checkpoint.
+
+    python -m checkpoints_tools.hf_to_megatron HF_FOLDER OUTPUT [--tensor-parallel N] [--dry-run]
+
+Training reads Hugging Face folders itself; a Megatron checkpoint is for other programs on
+Megatron-Core. It holds the model's tensors in the format of megatron.core.dist_checkpointing, which
+any parallel layout can load, and in hf/ the configuration, tokenizer, chat template and generation
+config, so that megatron_to_hf needs nothing else.
+
+One process does it, with memory for the largest tensor, not for the model. OUTPUT appears when it
+is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from checkpoints_tools.command import (
+    Progress,
+    add_conversion_options,
+    num_bytes,
+    print_plan,
+    run,
+)
+from trb_megatron.atomic_folder import new_folder
+from trb_megatron.hf_checkpoint import CheckpointError, HFTensors
+from trb_megatron.hf_weights import expected_tensors
+from trb_megatron.megatron_tensors import carry_hf_files, stored_dtypes, write_checkpoint
+from trb_megatron.models import check_layout, padded_vocab_size, read_hf_config
+from trb_megatron.param_mapping import stored_params
+from trb_megatron.prompts import check_tokenizer_fits
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command with `arguments` (default: those of the process)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoints_tools.hf_to_megatron",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="HF checkpoint folder")
+    parser.add_argument("output", type=Path, help="Megatron checkpoint folder to write")
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks that the checkpoint is cut for; any other number can read it, too (default: 1)",
+    )
+    parser.add_argument(
+        "--pipeline-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="check that the model can be cut so; it leaves no trace in the files (default: 1)",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse tensors that the model has no use for"
+    )
+    add_conversion_options(parser)
+    run(convert, parser.parse_args(arguments))
+
+
+def check_extra_tensors(
+    tensors: HFTensors, expected: Mapping[str, object], *, strict: bool
+) -> None:
+    """Name the tensors that would be left behind.
+
+    Raises:
+        CheckpointError: there are some, and `strict` is set.
+    """
+    extra = sorted(tensors.names - set(expected))
+    if not extra:
+        return
+    shown = ", ".join(extra[:5]) + (", ..." if len(extra) > 5 else "")
+    message = f"{tensors.path}: {len(extra)} tensors are no part of the model: {shown}"
+    if strict:
+        raise CheckpointError(f"{message}; leave out --strict to convert without them")
+    print(f"warning: {message}; they are left out", file=sys.stderr)
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Do the conversion that the parsed options describe.
+
+    Raises:
+        ValueError, OSError: a checkpoint that cannot be used, a target that exists, a full disk.
+    """
+    config = read_hf_config(options.source)
+    check_layout(config, options.tensor_parallel, options.pipeline_parallel)
+    check_tokenizer_fits(options.source, config.vocab_size)
+    vocab_size = padded_vocab_size([config.vocab_size], options.tensor_parallel)
+    params = stored_params(config.family, config.shape(vocab_size))
+    tensors = HFTensors(options.source)
+    expected = expected_tensors(config, vocab_size)
+    tensors.check(expected)
+    check_extra_tensors(tensors, expected, strict=options.strict)
+    dtypes = stored_dtypes(params.values(), tensors.dtypes(expected))
+    block_bytes = [
+        num_bytes(chunk.sizes, dtypes[chunk.key])
+        for param in params.values()
+        for chunk in param.chunks(options.tensor_parallel)
+    ]
+    if options.dry_run:
+        print_plan(params, dtypes, max(block_bytes))
+        return
+    with (
+        new_folder(options.output, overwrite=options.overwrite) as partial,
+        Progress(sum(block_bytes)) as progress,
+    ):
+        carry_hf_files(options.source, expected, partial)
+        write_checkpoint(
+            partial,
+            params,
+            tensors,
+            tp_size=options.tensor_parallel,
+            on_write=progress.update,
+        )
+    print(f"wrote {options.source} to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
