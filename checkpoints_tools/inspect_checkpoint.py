@@ -25,7 +25,7 @@ from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import HF_FOLDER, open_megatron_checkpoint
 from trb_megatron.models import HFModelConfig, read_hf_config
 from trb_megatron.param_mapping import Shape
-from trb_megatron.prompts import check_tokenizer_fits, stop_ids, tokenizer_size
+from trb_megatron.tokenizer import check_tokenizer_fits, stop_ids, tokenizer_size
 
 
 def main(arguments: list[str] | None = None) -> None:

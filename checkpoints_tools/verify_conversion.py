@@ -32,7 +32,7 @@ from trb_megatron import distributed
 from trb_megatron.batch import Microbatch
 from trb_megatron.config import ParallelConfig
 from trb_megatron.distributed import ParallelLayout
-from trb_megatron.prompts import check_tokenizer_fits
+from trb_megatron.tokenizer import check_tokenizer_fits
 
 if TYPE_CHECKING:
     from trb_megatron.models import HFModelConfig, HiddenStateGPTModel

@@ -43,7 +43,9 @@ def interrupted(config_file: Path, undisturbed: Path) -> Path:
     run_dir = config_file.parent / "interrupted"
     options = (*OPTIONS, f"run.dir={run_dir}")
     train(config_file, WORLD_SIZE, *options, "training.steps=3")
-    shutil.rmtree(run_dir / "checkpoints" / "step_3")
+    # As a kill leaves it: while the checkpoint of step 3 was written and an old one was removed.
+    (run_dir / "checkpoints" / "step_3").rename(run_dir / "checkpoints" / "step_3.partial")
+    (run_dir / "checkpoints" / "step_1.removed").mkdir()
     shutil.copytree(run_dir, config_file.parent / "elsewhere")
     train(config_file, WORLD_SIZE, *options, "training.steps=6")
     return run_dir
@@ -51,6 +53,8 @@ def interrupted(config_file: Path, undisturbed: Path) -> Path:
 
 def test_resumed_run_is_bit_identical(undisturbed: Path, interrupted: Path) -> None:
     assert weights_digest(interrupted / "hf") == weights_digest(undisturbed / "hf")
+    left = sorted(path.name for path in (interrupted / "checkpoints").iterdir())
+    assert left == ["step_4", "step_6"]
     assert read_metrics(interrupted) == read_metrics(undisturbed)
 
 

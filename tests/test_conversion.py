@@ -17,7 +17,7 @@ from checkpoints_tools import hf_to_megatron, inspect_checkpoint, megatron_to_hf
 from tests.families import FAMILIES, make_family_checkpoint
 from trb_megatron.hf_checkpoint import INDEX_FILE, CheckpointError, HFTensors
 from trb_megatron.megatron_tensors import HF_FOLDER, open_megatron_checkpoint
-from trb_megatron.prompts import load_tokenizer
+from trb_megatron.tokenizer import load_tokenizer
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

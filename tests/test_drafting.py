@@ -17,7 +17,7 @@ COMPUTE_BOUND = DraftCosts(per_round=0.0, per_position=0.0, per_token=1.0)
 
 
 def test_expected_tokens_are_those_of_the_design() -> None:
-    """DESIGN 2.4: 9 positions at the worst acceptance of several budgets."""
+    """9 positions at the worst acceptance that budgets allow, from another implementation."""
     for budget, tokens in ((0.001, 8.24), (0.005, 7.40), (0.01, 6.83), (0.02, 6.13), (0.05, 4.98)):
         assert expected_tokens(1 - (budget / 2) ** 0.5, 9) == pytest.approx(tokens, abs=0.01)
     assert expected_tokens(1.0, 9) == 9

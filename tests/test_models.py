@@ -11,7 +11,8 @@ from tests.layouts import LAYOUTS, PROBE_RESPONSES, Layout, ProbeResult
 from tests.tiny import make_checkpoint
 from trb_megatron.hf_checkpoint import CheckpointError
 from trb_megatron.models import check_layout, padded_vocab_size, read_hf_config
-from trb_megatron.prompts import load_prompts, load_tokenizer
+from trb_megatron.prompts import load_prompts
+from trb_megatron.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -169,6 +169,23 @@ def test_vocabularies_of_different_rows(tmp_path: Path) -> None:
         assert 0 < row["behavior/kl_per_token"] <= row["behavior/kl_budget"] * (1 + 1e-3)
 
 
+def _responses_of_a_step(config_file: Path) -> dict[int, list[tuple[int, ...]]]:
+    """Responses by prompt in a step of more prompts than there are."""
+    trainer = make_trainer(
+        config_file, (f"run.dir={config_file.parent}/repeats", "training.prompts_per_step=30")
+    )
+    found: dict[int, list[tuple[int, ...]]] = {}
+    for rollout in trainer._rollout(trainer._next_prompts(), 0.0):
+        found.setdefault(rollout.prompt_index, []).append(rollout.response_ids)
+    return found
+
+
+def test_prompt_that_comes_twice_in_a_step_gets_other_responses(config_file: Path) -> None:
+    found = run_distributed(_responses_of_a_step, 1, config_file)[0]
+    assert sorted(len(responses) for responses in found.values()) == [4] * 6 + [6] * 6
+    assert all(len(set(responses)) > len(responses) / 2 for responses in found.values())
+
+
 def _fail_with_nan(config_file: Path) -> list[str]:
     """Messages of a NaN in the student's gradient and in its loss; nothing is updated."""
     messages = []
@@ -242,6 +259,7 @@ def test_impossible_runs_are_refused_before_anything_is_written(config_file: Pat
         ): r"max_response_tokens = 148 exceeds the 128 positions",
         ("rollout.stop_ids=[60]",): r"stop id 60 is not in the tokenizer",
         ("data.max_prompt_tokens=3",): r"all 12 are longer than max_prompt_tokens=3",
+        (f"run.dir={config_file}/run",): r"config.yaml is not a folder that can be written to",
     }
     found = run_distributed(_construct_all, 1, config_file, tuple(cases))[0]
     for (message, wrote), pattern in zip(found, cases.values(), strict=True):

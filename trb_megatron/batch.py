@@ -22,7 +22,7 @@ class TokenRecord:
             aligned, temperature-scaled distributions; the teacher's are NaN where it was not asked.
         blend_coef: beta of the behavior policy, 0 for the student.
         kl_student: KL(behavior || student) at this prefix, in nats.
-        accepted: whether the token is the student's own proposal.
+        accepted: whether the student's proposal was accepted.
     """
 
     student_logprobs: Tensor
@@ -119,7 +119,8 @@ def build_microbatches(
 ) -> list[Microbatch]:
     """Cut rollouts into microbatches of at most `max_tokens` padded tokens, alike lengths together.
 
-    A rollout that is longer than the budget gets a microbatch of its own.
+    A rollout that is longer than the budget gets a microbatch of its own. The budget counts lengths
+    before they are rounded up to `length_multiple`.
     """
     by_length = sorted(rollouts, key=len, reverse=True)
     groups: list[list[Rollout]] = []

@@ -583,7 +583,7 @@ class Draw(NamedTuple):
     proposed_ids: Tensor
     """int64, the student's proposal."""
     accepted: Tensor
-    """bool, whether the token is the proposal."""
+    """bool, whether the proposal was accepted (where rounding leaves no residual it stays, too)."""
 
 
 def propose_tokens(

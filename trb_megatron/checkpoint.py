@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import carry_hf_files
@@ -31,7 +32,7 @@ STATE_FILE = "training_state.json"
 _CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-class TrainingCheckpointError(RuntimeError):
+class TrainingCheckpointError(ValueError):
     """A checkpoint that could not be written or read; the message names it."""
 
 
@@ -148,6 +149,9 @@ def save_checkpoint(
         partial.rename(target)
         for old in find_checkpoints(run_dir)[:-keep]:
             _remove(old)
+        for pattern in ("step_*.partial", "step_*.removed"):  # of runs that were killed
+            for leftover in target.parent.glob(pattern):
+                shutil.rmtree(leftover)
     dist.barrier()
     return target
 
@@ -196,9 +200,12 @@ def load_checkpoint(
 def _load(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(sharded_state, str(checkpoint))
-    except (CheckpointingException, OSError) as error:
+    except (CheckpointingException, CheckpointException, OSError) as error:
         hint = ""
         if not (checkpoint / "common.pt").is_file():
             # megatron-core 0.19 stopped writing this file, which 0.16 needs.
             hint = "; common.pt is missing: was it written by a newer megatron-core than this one?"
-        raise TrainingCheckpointError(f"{checkpoint}: cannot be loaded ({error}){hint}") from error
+        raise TrainingCheckpointError(
+            f"{checkpoint}: cannot be loaded ({error}){hint}; remove the folder to resume from the "
+            "checkpoint before it"
+        ) from error

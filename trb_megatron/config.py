@@ -6,8 +6,6 @@ Relative paths are relative to the current directory.
 """
 
 import difflib
-import hashlib
-import json
 import os
 import re
 import subprocess
@@ -529,16 +527,10 @@ _MAY_CHANGE = (
 )
 
 
-def config_fingerprint(config: Config) -> str:
-    """Hash everything that must not change between a run and its resume."""
-    canonical = json.dumps(_fixed_values(config), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 def fingerprint_difference(saved: Config, now: Config) -> list[str]:
     """Name the keys, with both values, because of which two configurations are different runs.
 
-    Empty exactly when the fingerprints are equal.
+    Empty exactly when one may resume the other.
     """
     before, after = _fixed_values(saved), _fixed_values(now)
     names = [*before, *(name for name in after if name not in before)]
@@ -553,7 +545,9 @@ def _fixed_values(config: Config) -> dict[str, Any]:
     flat = {}
     for section, options in config.model_dump(mode="json").items():
         for key, value in (options or {}).items():
-            if section not in _MAY_CHANGE and f"{section}.{key}" not in _MAY_CHANGE:
+            if config.loss.name == "veto" and f"{section}.{key}" == "training.steps":
+                flat["training.steps"] = value  # the veto coefficient decays over them
+            elif section not in _MAY_CHANGE and f"{section}.{key}" not in _MAY_CHANGE:
                 flat[f"{section}.{key}"] = value
     return flat
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from trb_megatron.config import ParallelConfig, check_world_size
 
 T = TypeVar("T")
 
+_RANK_ZERO_FIRST_S = 10.0
+
 # Warnings that importing and running Megatron causes, and that a user can do nothing about.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -30,14 +33,13 @@ warnings.filterwarnings("ignore", message=r"torch\.distributed is disabled")  # 
 class ParallelLayout:
     """Where this rank stands: its groups, and its place in each of them.
 
-    `tp_group`, `pp_group` and `dp_group` are torch process groups; `model_group` holds all ranks of
-    one model replica (TP x PP). Ranks are positions within those groups.
+    `tp_group`, `pp_group` and `dp_group` are torch process groups; ranks are positions in them. The
+    TP x PP ranks of one model replica are those with the same `dp_rank`.
     """
 
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
-    model_group: dist.ProcessGroup
     device: torch.device
 
     @property
@@ -129,7 +131,6 @@ def initialize(config: ParallelConfig, *, seed: int = 0) -> ParallelLayout:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
-        model_group=parallel_state.get_model_parallel_group(),
         device=device,
     )
 
@@ -138,13 +139,18 @@ def initialize(config: ParallelConfig, *, seed: int = 0) -> ParallelLayout:
 def user_errors() -> Iterator[None]:
     """End the process with one readable line where set-up finds something that a user must change.
 
-    Every rank finds the same; rank 0 says it. The exit status is 2.
+    Usually every rank finds the same. Rank 0 says it; the others leave it the time to do so, since
+    torchrun ends all ranks when the first one leaves, and speak only if it had nothing to say. The
+    exit status is 2.
     """
     try:
         yield
     except ValueError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank != 0:
+            time.sleep(_RANK_ZERO_FIRST_S)
+        where = "" if rank == 0 else f" (rank {rank})"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

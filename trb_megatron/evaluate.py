@@ -174,10 +174,12 @@ def _mean(values: Sequence[float]) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate `student.path` on every set and print the metrics as a JSON object."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments and arguments[0] in ("-h", "--help"):
         print(__doc__)
         return
     with distributed.user_errors():
+        if not arguments:
+            raise ValueError("CONFIG.yaml is missing; --help says how to call this")
         config = load_config(arguments[0], arguments[1:])
         if not config.evaluation.sets:
             raise ValueError("evaluation.sets is empty: name at least one problem file")

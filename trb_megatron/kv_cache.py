@@ -2,9 +2,9 @@
 
 Sequences of different lengths are packed into one row of tokens. Each cache *slot* holds one
 sequence; its tokens live in pages of `page_tokens` tokens that are handed out as the sequence
-grows, so the memory in use follows the real lengths. Student and teacher share one `PageTable` (a
-sequence has the same tokens in both) and have a `PagedKVCache` each, since their depths and widths
-differ.
+grows. The pool is allocated whole: every slot can grow to the longest sequence. Student
+and teacher share one `PageTable` (a sequence has the same tokens in both) and have a `PagedKVCache`
+each, since their depths and widths differ.
 
 Shapes: S sequences of a batch, N packed new tokens, P pages of a sequence, g key/value heads of
 this tensor-parallel rank, d head size.
@@ -53,8 +53,7 @@ class PageTable:
     """Which pages belong to which slot.
 
     There are enough pages for every slot to grow to `max_tokens`, so a sequence that was admitted
-    always fits; pages are still handed out on demand, lowest first, so that those in use stay
-    dense.
+    always fits. Pages are handed out on demand, those given back last first.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from trb_megatron.models import (
     padded_vocab_size,
     read_hf_config,
 )
-from trb_megatron.prompts import check_same_tokenizer, load_tokenizer, stop_ids, tokenizer_size
+from trb_megatron.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids, tokenizer_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,7 +1,7 @@
 """Policies: the distributions that rollouts are sampled from, and how a token is drawn from each.
 
 A policy sees the logits of N prefixes on this rank's vocabulary shard, and the random numbers of
-each. It knows nothing of caches, batches or drafts. A new policy is a class here.
+each. It knows nothing of caches, batches or draft lengths. A new policy is a class here.
 
 Shapes: N prefixes, U this rank's vocabulary shard.
 """
@@ -85,7 +85,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class StudentPolicy:
-    """The student's own distribution; with `alignment` over aligned stop events (DESIGN 2.2)."""
+    """The student's own distribution; with `alignment` over aligned stop events (`blending`)."""
 
     sampling: Sampling
     tp_group: dist.ProcessGroup | None = None
@@ -137,7 +137,7 @@ class StudentPolicy:
 class BlendPolicy:
     """The trust-region behavior policy: nearest the teacher within `kl_budget` of the student.
 
-    Plyusov et al., arXiv 2605.31159; drawn by the rule of DESIGN 2.4.
+    Plyusov et al., arXiv 2605.31159; drawn by maximal coupling (`blending.draw_tokens`).
     """
 
     sampling: Sampling

@@ -27,8 +27,8 @@ _WORKER_MEMORY_BYTES = 4 * 2**30  # of address space: 9^{9^{9^9}} is refused, no
 class RewardWorkers:
     """A pool of grading processes; use it as a context manager.
 
-    `num_timeouts` counts the responses that scored 0 because grading them took longer than
-    `timeout_s` or ended their worker, which was then replaced.
+    `num_timeouts` counts the responses of the last `score` that got 0 because grading took longer
+    than `timeout_s` or ended their worker, which was then replaced.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RewardWorkers:
             raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
         acceptable = [[a] if isinstance(a, str) else list(a) for a in answers]
         verdicts = list(self._threads.map(self._grade, responses, acceptable))
-        self.num_timeouts += verdicts.count(None)
+        self.num_timeouts = verdicts.count(None)
         return [1.0 if verdict else 0.0 for verdict in verdicts]
 
     def _grade(self, response: str, answers: list[str]) -> bool | None:

@@ -48,7 +48,7 @@ from trb_megatron.policies import Policy, Sampling, Uniforms
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to answer; the indices key the random numbers (DESIGN 2.5)."""
+    """A prompt to answer; the indices key the random numbers (see `uniforms`)."""
 
     prompt_index: int
     rollout_index: int
@@ -125,7 +125,8 @@ class RolloutEngine:
         """Answer every request, in the order given.
 
         Collective over the model replica. The result depends on the requests' indices and the
-        sampling key, not on drafts, slots, order or layout (up to rounding, see DESIGN 2.5).
+        sampling key, not on drafts, slots, order or layout (except where
+        rounding puts a random number on a boundary).
         Per-token records and kept hidden states are on the last pipeline stage only.
         """
         if not requests:

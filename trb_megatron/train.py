@@ -17,10 +17,12 @@ def main(arguments: list[str] | None = None) -> None:
     from trb_megatron.config import load_config
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments and arguments[0] in ("-h", "--help"):
         print(__doc__)
         return
     with distributed.user_errors():
+        if not arguments:
+            raise ValueError("CONFIG.yaml is missing; --help says how to call this")
         config = load_config(arguments[0], arguments[1:])
         layout = distributed.initialize(config.parallel, seed=config.run.seed)
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,7 +144,7 @@ class Trainer:
         """Run all remaining steps, evaluating and saving on the way, and export the student."""
         config = self.config
         with RunLog(config, self.step) as log:
-            if self.step == 0 and config.evaluation.at_start:
+            if self.step == 0 and config.evaluation.at_start and config.evaluation.sets:
                 log.record(0, self._evaluate(log))
             while self.step < config.training.steps:
                 metrics = self.train_step()
@@ -206,11 +208,15 @@ class Trainer:
         if not self.is_distilling:
             return [self._supervised_example(prompt) for prompt in prompts[share]]
         sampling = self._sampling()
-        requests = [
-            Request(prompt.index, number, prompt.token_ids)
-            for prompt in prompts
-            for number in range(self.config.rollout.rollouts_per_prompt)
-        ]
+        count = self.config.rollout.rollouts_per_prompt
+        num_seen: Counter[int] = Counter()
+        requests = []
+        for prompt in prompts:  # a prompt that comes twice in a step gets other responses
+            first = count * num_seen[prompt.index]
+            num_seen[prompt.index] += 1
+            requests += [
+                Request(prompt.index, first + number, prompt.token_ids) for number in range(count)
+            ]
         return self.engine.generate(requests[share], self._policy(sampling, kl_budget), sampling)
 
     def _sampling(self) -> Sampling:
@@ -520,7 +526,13 @@ def _stop_if_any(problem: str | None, step: int) -> None:
 
 
 def _check_run_folder(config: Config) -> None:
-    """Refuse the run folder of another configuration."""
+    """Refuse a run folder that cannot be made, or that belongs to another configuration."""
+    nearest = next(p for p in (config.run.dir, *config.run.dir.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(
+            f"run.dir={config.run.dir}: {nearest} is not a folder that can be written to; choose "
+            "another run.dir"
+        )
     file = config.run.dir / "config.yaml"
     if file.is_file():
         _check_same_run(config.run.dir, load_config(file), config)
