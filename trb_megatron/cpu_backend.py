@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
@@ -82,6 +83,9 @@ def install() -> bool:
     cuda.manual_seed = torch.manual_seed
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
     torch.Tensor.type = _type_name_as_cuda  # type: ignore[method-assign, assignment]
+    # `with torch.device(...)` looks factories up in a set that torch builds once: it has to hold
+    # the originals, which are what its dispatch sees.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
