@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -324,13 +325,14 @@ def test_sentencepiece_tokenizer_is_used_and_carried(tmp_path: Path) -> None:
 # Killed at any moment
 
 
-def _kill_after(seconds: float, command: Callable[..., Path], *arguments: object) -> None:
-    """Run a conversion in a process of its own and kill it."""
+def _run_and_kill(seconds: float | None, command: Callable[..., Path], *arguments: object) -> bool:
+    """Run a conversion in a process of its own; whether it was killed `seconds` later, at work."""
     process = multiprocessing.get_context("fork").Process(target=command, args=arguments)
     process.start()
-    time.sleep(seconds)
+    process.join(seconds)
     process.kill()
     process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def _check_kills(num_kills: int, source: Path, folder: Path) -> None:
@@ -341,18 +343,20 @@ def _check_kills(num_kills: int, source: Path, folder: Path) -> None:
     )
     moments = random.Random(0)
     for command, origin, target in steps:
-        started = time.monotonic()
-        command(origin, target)
-        duration = time.monotonic() - started
+        durations = []
+        for _ in range(2):
+            started = time.monotonic()
+            assert not _run_and_kill(None, command, origin, target, "--overwrite")
+            durations.append(time.monotonic() - started)
         assert_complete = _assert_megatron if command is convert else assert_same_checkpoint
-        died_before_the_end = 0
+        num_killed = 0
         for attempt in range(num_kills):
             replace = ("--overwrite",) if attempt % 2 else ()
             if not replace:
                 shutil.rmtree(target, ignore_errors=True)
-            _kill_after(moments.uniform(0, duration), command, origin, target, *replace)
+            moment = moments.uniform(0, min(durations))
+            num_killed += _run_and_kill(moment, command, origin, target, *replace)
             partial = target.with_name(target.name + ".partial")
-            died_before_the_end += partial.exists()
             if target.exists():
                 assert_complete(target, source)
             if partial.exists():
@@ -361,7 +365,7 @@ def _check_kills(num_kills: int, source: Path, folder: Path) -> None:
             command(origin, target, "--overwrite")
             assert_complete(target, source)
             assert not partial.exists()
-        assert died_before_the_end >= num_kills // 4, "the kills came too late to mean anything"
+        assert num_killed >= num_kills // 4, "the kills came too late to mean anything"
 
 
 def _assert_megatron(folder: Path, source: Path) -> None:
