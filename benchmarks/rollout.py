@@ -107,7 +107,8 @@ def measure(
     from trb_megatron.batch import build_microbatches
     from trb_megatron.forward import forward_hidden
     from trb_megatron.policies import BlendPolicy, Sampling, StudentPolicy
-    from trb_megatron.rollout import Request, RolloutEngine
+    from trb_megatron.rollout import RolloutEngine
+    from trb_megatron.scheduler import Request
 
     sampling = Sampling(1.0, options.response_tokens, (STOP_ID,), 0, 0, VOCAB_SIZE)
     alignment = StopAlignment((STOP_ID,), (STOP_ID,))

@@ -182,7 +182,7 @@ def _probe_logits(model: Any, trainer: Any) -> list[torch.Tensor]:
 def _probe_rollouts(trainer: Any, policy_name: str) -> list[dict[str, Any]]:
     from trb_megatron.distributed import gather_from_leaders
     from trb_megatron.policies import Sampling, StudentPolicy
-    from trb_megatron.rollout import Request
+    from trb_megatron.scheduler import Request
 
     layout, models = trainer.layout, trainer.models
     sampling = Sampling(

@@ -42,7 +42,8 @@ def _sample(folder: Path) -> dict[str, Counts]:
     from trb_megatron.hf_weights import load_hf_weights
     from trb_megatron.models import build_model, read_hf_config
     from trb_megatron.policies import BlendPolicy, Sampling
-    from trb_megatron.rollout import Request, RolloutEngine
+    from trb_megatron.rollout import RolloutEngine
+    from trb_megatron.scheduler import Request
 
     models = []
     for name in ("student", "teacher"):

@@ -150,6 +150,9 @@ class RolloutConfig(Section):
     ) = None
     max_sequences: Count = 256  # cache slots of one data-parallel rank
     page_tokens: Count = 64  # tokens of one page of the key/value cache
+    # memory of the key/value caches on each rank; null: on a GPU most of what is free, on a CPU
+    # as much as all slots can ever need
+    cache_gb: Positive | None = None
     max_prefill_tokens: Count = 16384  # prompt tokens of one forward pass
     # proposals of the student per teacher call; 0: token by token; auto: by measured costs
     draft_tokens: Literal["auto"] | CountFromZero = "auto"
@@ -518,6 +521,7 @@ _MAY_CHANGE = (
     "training.max_tokens_per_microbatch",
     "rollout.max_sequences",
     "rollout.page_tokens",
+    "rollout.cache_gb",
     "rollout.max_prefill_tokens",
     "rollout.draft_tokens",
     "checkpoint",

@@ -21,7 +21,8 @@ from trb_megatron.model_pair import ModelPair
 from trb_megatron.policies import Sampling, StudentPolicy
 from trb_megatron.prompts import PromptSet, load_prompts
 from trb_megatron.rewards import RewardWorkers
-from trb_megatron.rollout import Request, RolloutEngine
+from trb_megatron.rollout import RolloutEngine
+from trb_megatron.scheduler import Request
 
 EVALUATION_STEP = -1
 """The step that keys an evaluation's random numbers: the same at every evaluation of a run, so that

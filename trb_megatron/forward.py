@@ -10,54 +10,61 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from trb_megatron.batch import Microbatch
 from trb_megatron.distributed import ParallelLayout
-from trb_megatron.kv_cache import PagedKVCache, RaggedBatch
-from trb_megatron.models import HiddenStateGPTModel
+from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
+from trb_megatron.models import HiddenStateGPTModel, token_multiple
+from trb_megatron.pipeline import StageLink
 
 LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
 """(gathered hidden states at the loss positions [N, H], microbatch) -> (loss sum, metrics)."""
 
 
-@torch.no_grad()
-def forward_cached(
-    model: HiddenStateGPTModel,
-    cache: PagedKVCache,
-    batch: RaggedBatch,
-    tokens_N: Tensor,
-    layout: ParallelLayout,
-) -> Tensor | None:
-    """Run new tokens through all pipeline stages, reading and growing the cache.
+class CachedModel:
+    """A model and its cache: runs new tokens of many sequences through all pipeline stages.
 
-    Every rank of a model replica calls it with the same batch. Activations travel by point-to-point
-    sends over the pipeline group.
-
-    Args:
-        tokens_N: packed token ids, `batch.num_tokens` of them.
-
-    Returns:
-        Final hidden states [N, H] of the unpadded tokens on the last stage, None elsewhere.
+    Every rank of a model replica makes the same calls. Activations travel by point-to-point sends
+    over the pipeline group.
     """
-    cache.batch = batch
-    padded = batch.positions_N.numel()
-    if not layout.is_first_stage:
-        rows = padded // (layout.tp_size if model.config.sequence_parallel else 1)
-        received = torch.empty(
-            rows, 1, model.config.hidden_size, dtype=model.config.params_dtype, device=layout.device
-        )
-        dist.recv(received, src=layout.stage_ranks[layout.pp_rank - 1], group=layout.pp_group)
-        model.set_input_tensor(received)
-    tokens_1N = torch.nn.functional.pad(tokens_N, (0, padded - tokens_N.numel()))[None]
-    hidden_N1H = model(tokens_1N, batch.positions_N[None], None, inference_context=cache)
-    if not layout.is_last_stage:
-        dist.send(hidden_N1H, dst=layout.stage_ranks[layout.pp_rank + 1], group=layout.pp_group)
-        return None
-    return model.gather_hidden(hidden_N1H)[: batch.num_tokens, 0]
+
+    def __init__(
+        self, model: HiddenStateGPTModel, page_table: PageTable, layout: ParallelLayout
+    ) -> None:
+        self.model = model
+        self.cache = PagedKVCache(model.config, len(model.decoder.layers), page_table)
+        self._link = StageLink(layout)
+        self._layout = layout
+
+    @torch.no_grad()
+    def forward(self, batch: RaggedBatch, tokens_N: Tensor) -> Tensor | None:
+        """Run `batch.num_tokens` packed token ids, reading and growing the cache.
+
+        Returns:
+            Final hidden states [N, H] of the unpadded tokens on the last stage, None elsewhere.
+        """
+        model, layout = self.model, self._layout
+        self.cache.batch = batch
+        num_rows = batch.positions_N.numel()
+        if not layout.is_first_stage:
+            num_received = num_rows // token_multiple(model.config)
+            shape = (num_received, 1, model.config.hidden_size)
+            model.set_input_tensor(self._link.receive(shape, model.config.params_dtype))
+        tokens_1N = F.pad(tokens_N, (0, num_rows - tokens_N.numel()))[None]
+        hidden_N1H = model(tokens_1N, batch.positions_N[None], None, inference_context=self.cache)
+        if not layout.is_last_stage:
+            self._link.send(hidden_N1H)
+            return None
+        return model.gather_hidden(hidden_N1H)[: batch.num_tokens, 0]
+
+    @torch.no_grad()
+    def project(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [N, U] of hidden states, on the last stage."""
+        return self.model.project(hidden_NH)
 
 
 def _forward_microbatch(model: Any, microbatch: Microbatch) -> Tensor:

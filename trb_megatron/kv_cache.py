@@ -1,10 +1,10 @@
 """A paged, ragged key/value cache that Megatron's attention accepts as its inference context.
 
 Sequences of different lengths are packed into one row of tokens. Each cache *slot* holds one
-sequence; its tokens live in pages of `page_tokens` tokens that are handed out as the sequence
-grows. The pool is allocated whole: every slot can grow to the longest sequence. Student
-and teacher share one `PageTable` (a sequence has the same tokens in both) and have a `PagedKVCache`
-each, since their depths and widths differ.
+sequence; its tokens live in pages of `page_tokens` tokens, which are handed out as the sequence
+grows, and which sequences that begin alike can share. Student and teacher use one `PageTable` (a
+sequence has the same tokens in both) and have a `PagedKVCache` each, since their depths and widths
+differ.
 
 Shapes: S sequences of a batch, N packed new tokens, P pages of a sequence, g key/value heads of
 this tensor-parallel rank, d head size.
@@ -12,6 +12,7 @@ this tensor-parallel rank, d head size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,8 @@ class RaggedBatch:
         block_table_SP: pages of each sequence.
         cache_index_N: page * page_tokens + offset at which each new token is stored.
         num_tokens: new tokens without padding; rows beyond are padding for sequence parallelism.
-        max_query_length, max_kv_length: the largest entries, as Python numbers.
+        max_query_length, max_kv_length: at least the largest entries, as Python numbers; where
+            S * max_query_length <= N all sequences have `max_query_length` new tokens.
     """
 
     positions_N: Tensor
@@ -48,56 +50,149 @@ class RaggedBatch:
     max_query_length: int
     max_kv_length: int
 
+    @classmethod
+    def uniform(
+        cls,
+        past_S: Tensor,
+        num_new: int,
+        block_table_SP: Tensor,
+        page_tokens: int,
+        pad_to_multiple: int = 1,
+    ) -> RaggedBatch:
+        """`num_new` tokens behind the `past_S` ones of each sequence, without a host transfer."""
+        new = torch.arange(num_new, device=past_S.device)
+        positions_SG = past_S[:, None] + new
+        page_SG = block_table_SP.gather(1, positions_SG // page_tokens)
+        cache_index_SG = page_SG * page_tokens + positions_SG % page_tokens
+        padding = (0, -positions_SG.numel() % pad_to_multiple)
+        return cls(
+            positions_N=F.pad(positions_SG.flatten(), padding),
+            query_lengths_S=torch.full_like(past_S, num_new),
+            kv_lengths_S=past_S + num_new,
+            block_table_SP=block_table_SP,
+            cache_index_N=F.pad(cache_index_SG.flatten(), padding),
+            num_tokens=positions_SG.numel(),
+            max_query_length=num_new,
+            max_kv_length=block_table_SP.shape[1] * page_tokens,
+        )
+
 
 class PageTable:
-    """Which pages belong to which slot.
+    """Which pages belong to which slot, and who else uses them.
 
-    There are enough pages for every slot to grow to `max_tokens`, so a sequence that was admitted
-    always fits. Pages are handed out on demand, those given back last first.
+    A page returns to the free ones when its last user releases it; those released last are handed
+    out first.
+
+    Args:
+        num_slots: sequences in flight at once.
+        num_pages: pages of the pool, without the scratch page.
+        max_tokens: of one sequence.
     """
 
     def __init__(
-        self, num_slots: int, max_tokens: int, page_tokens: int, device: torch.device
-    ) -> None:
-        pages_per_slot = -(-max_tokens // page_tokens)
-        self.page_tokens = page_tokens
-        self.num_pages = num_slots * pages_per_slot + 1
-        self.device = device
-        self._free = list(range(self.num_pages - 1, SCRATCH_PAGE, -1))
-        self._owned: list[list[int]] = [[] for _ in range(num_slots)]
-        self._table = torch.full((num_slots, pages_per_slot), SCRATCH_PAGE, dtype=torch.long)
-
-    def release(self, slot: int) -> None:
-        """Give the pages of a finished sequence back."""
-        self._free.extend(reversed(self._owned[slot]))
-        self._owned[slot].clear()
-        self._table[slot] = SCRATCH_PAGE
-
-    def extend(
         self,
-        slots: list[int],
-        past_lengths: list[int],
-        new_lengths: list[int],
+        num_slots: int,
+        num_pages: int,
+        max_tokens: int,
+        page_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self.num_slots = num_slots
+        self.num_pages = num_pages
+        self.page_tokens = page_tokens
+        self.max_tokens = max_tokens
+        self.device = device
+        self._free = list(range(num_pages, SCRATCH_PAGE, -1))
+        self._num_users = [0] * (num_pages + 1)
+        self._pages: list[list[int]] = [[] for _ in range(num_slots)]
+        self._table = torch.full(
+            (num_slots, self.pages_for(max_tokens)), SCRATCH_PAGE, dtype=torch.long
+        )
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that so many tokens of one sequence take."""
+        return -(-num_tokens // self.page_tokens)
+
+    def num_missing(self, slot: int, num_tokens: int) -> int:
+        """Pages that a slot lacks for so many tokens."""
+        return max(0, self.pages_for(num_tokens) - len(self._pages[slot]))
+
+    def grow(self, slot: int, num_tokens: int) -> None:
+        """Hand out the pages that the slot lacks; there must be as many free ones."""
+        for _ in range(self.num_missing(slot, num_tokens)):
+            self._append(slot, self._take())
+
+    def truncate(self, slot: int, num_tokens: int) -> None:
+        """Release the pages behind the first `num_tokens` tokens; 0 empties the slot."""
+        kept = self.pages_for(num_tokens)
+        self.release(reversed(self._pages[slot][kept:]))
+        del self._pages[slot][kept:]
+        self._table[slot, kept:] = SCRATCH_PAGE
+
+    def share(self, slot: int, pages: Sequence[int], num_tokens: int) -> tuple[int, int] | None:
+        """Let an empty slot begin with the first `num_tokens` tokens of `pages`.
+
+        Whole pages are used in common. The last one, if partly filled, gets a page of its own,
+        which the caller has to fill from the result, (from, to), before it releases `from`.
+        """
+        num_whole, remainder = divmod(num_tokens, self.page_tokens)
+        self.retain(pages[:num_whole])
+        for page in pages[:num_whole]:
+            self._append(slot, page)
+        if remainder == 0:
+            return None
+        self.retain(pages[num_whole : num_whole + 1])
+        self._append(slot, self._take())
+        return pages[num_whole], self._pages[slot][-1]
+
+    def pages(self, slot: int, num_tokens: int) -> tuple[int, ...]:
+        """The pages that hold the slot's first tokens."""
+        return tuple(self._pages[slot][: self.pages_for(num_tokens)])
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """Become one more user of pages that are in use."""
+        for page in pages:
+            self._num_users[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Stop using pages."""
+        for page in pages:
+            self._num_users[page] -= 1
+            if self._num_users[page] == 0:
+                self._free.append(page)
+
+    def block_table(self, slots: Sequence[int], num_tokens: int) -> Tensor:
+        """Pages [S, P] of the slots, for sequences of at most `num_tokens` tokens."""
+        return self._table[list(slots), : self.pages_for(num_tokens)].to(
+            self.device, non_blocking=True
+        )
+
+    def ragged_batch(
+        self,
+        slots: Sequence[int],
+        past_lengths: Sequence[int],
+        new_lengths: Sequence[int],
         pad_to_multiple: int = 1,
     ) -> RaggedBatch:
-        """Make room for `new_lengths` more tokens of each sequence and describe where they go."""
-        kv_lengths = [p + n for p, n in zip(past_lengths, new_lengths, strict=True)]
-        for slot, length in zip(slots, kv_lengths, strict=True):
-            owned = self._owned[slot]
-            while len(owned) * self.page_tokens < length:
-                self._table[slot, len(owned)] = self._free[-1]
-                owned.append(self._free.pop())
-
-        query_S, kv_S = torch.tensor(new_lengths), torch.tensor(kv_lengths)
-        num_tokens, max_kv = int(query_S.sum()), max(kv_lengths)
+        """Describe new tokens, of each sequence another number, for which there are pages."""
+        query_S, past_S = torch.tensor(new_lengths), torch.tensor(past_lengths)
+        kv_S = past_S + query_S
+        num_tokens, max_kv = int(query_S.sum()), int(kv_S.max())
         row_N = torch.repeat_interleave(torch.arange(len(slots)), query_S)
         first_N = (query_S.cumsum(0) - query_S)[row_N]
-        positions_N = (kv_S - query_S)[row_N] + torch.arange(num_tokens) - first_N
-        block_table_SP = self._table[slots, : -(-max_kv // self.page_tokens)]
+        positions_N = past_S[row_N] + torch.arange(num_tokens) - first_N
+        block_table_SP = self._table[list(slots), : self.pages_for(max_kv)]
         page_N = block_table_SP[row_N, positions_N // self.page_tokens]
         cache_index_N = page_N * self.page_tokens + positions_N % self.page_tokens
 
         padding = (0, -num_tokens % pad_to_multiple)
+        max_query = max(new_lengths)
+        if min(new_lengths) < max_query:
+            max_query = max(max_query, (num_tokens + padding[1]) // len(slots) + 1)
         return RaggedBatch(
             positions_N=F.pad(positions_N, padding).to(self.device),
             query_lengths_S=query_S.to(self.device),
@@ -105,34 +200,45 @@ class PageTable:
             block_table_SP=block_table_SP.to(self.device),
             cache_index_N=F.pad(cache_index_N, padding).to(self.device),
             num_tokens=num_tokens,
-            max_query_length=max(new_lengths),
+            max_query_length=max_query,
             max_kv_length=max_kv,
         )
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._num_users[page] = 1
+        return page
+
+    def _append(self, slot: int, page: int) -> None:
+        self._table[slot, len(self._pages[slot])] = page
+        self._pages[slot].append(page)
 
 
 class PagedKVCache:
     """Keys and values of one model's layers on this rank: a Megatron inference context.
 
     Megatron's attention calls the methods below (it never checks the type). Memory is
-    2 * layers * pages * page_tokens * g * d elements of the model's type.
+    `bytes_per_token` for each of (pages + 1) * page_tokens tokens.
     """
 
     use_flashinfer_fused_rope = False
     num_speculative_tokens = 0
     materialize_only_last_token_logits = False
 
-    def __init__(
-        self, config: TransformerConfig, num_layers: int, page_table: PageTable, max_tokens: int
-    ) -> None:
-        assert config.num_query_groups is not None and config.kv_channels is not None
-        groups = config.num_query_groups // config.tensor_model_parallel_size
-        shape = (num_layers, page_table.num_pages * page_table.page_tokens, groups)
-        pool = (*shape, config.kv_channels)
+    def __init__(self, config: TransformerConfig, num_layers: int, page_table: PageTable) -> None:
+        pages = (page_table.num_pages + 1) * page_table.page_tokens
+        pool = (num_layers, pages, *_head_shape(config))
         self._keys = torch.zeros(pool, dtype=config.params_dtype, device=page_table.device)
         self._values = torch.zeros_like(self._keys)
         self._page_tokens = page_table.page_tokens
-        self.max_sequence_length = max_tokens
+        self.max_sequence_length = page_table.max_tokens
         self._batch: RaggedBatch | None = None
+
+    @staticmethod
+    def bytes_per_token(config: TransformerConfig, num_layers: int) -> int:
+        """Keys and values of one token in the layers of this rank."""
+        groups, head_size = _head_shape(config)
+        return 2 * num_layers * groups * head_size * config.params_dtype.itemsize
 
     @property
     def batch(self) -> RaggedBatch:
@@ -142,6 +248,12 @@ class PagedKVCache:
     @batch.setter
     def batch(self, batch: RaggedBatch) -> None:
         self._batch = batch
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole pages, in all layers."""
+        for pool in (self._keys, self._values):
+            pages = pool.unflatten(1, (-1, self._page_tokens))
+            pages[:, list(targets)] = pages[:, list(sources)]
 
     def is_static_batching(self) -> bool:
         return False
@@ -198,60 +310,10 @@ class PagedKVCache:
         return _cumulative(kv_S), kv_S, self.batch.max_kv_length
 
 
+def _head_shape(config: TransformerConfig) -> tuple[int, int]:
+    assert config.num_query_groups is not None and config.kv_channels is not None
+    return config.num_query_groups // config.tensor_model_parallel_size, config.kv_channels
+
+
 def _cumulative(lengths_S: Tensor) -> Tensor:
     return F.pad(lengths_S.cumsum(0), (1, 0))
-
-
-def paged_attention(
-    query_N1hd: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cu_query_lengths: Tensor,
-    kv_lengths_S: Tensor,
-    block_table_SP: Tensor,
-    max_query_length: int,
-    softmax_scale: float,
-) -> Tensor:
-    """Causal attention of packed new tokens over each sequence's cached tokens, on any device.
-
-    The i-th of m new tokens of a sequence of length l (new ones included) sees positions up to
-    l - m + i. Queries are padded to [S, max_query_length] and keys gathered to [S, P *
-    page_tokens].
-
-    Args:
-        query_N1hd: packed queries; rows beyond the last cumulative length are padding.
-        keys, values: pools [pages, page_tokens, g, d] that hold the new tokens already.
-
-    Returns:
-        [N, 1, h, d]; zero for padding rows.
-    """
-    query_lengths_S = cu_query_lengths.diff()
-    num_tokens, num_sequences = int(cu_query_lengths[-1]), query_lengths_S.numel()
-    keys_Sgkd = keys[block_table_SP].flatten(1, 2).transpose(1, 2)
-    values_Sgkd = values[block_table_SP].flatten(1, 2).transpose(1, 2)
-
-    step_q = torch.arange(max_query_length, device=query_N1hd.device)
-    if max_query_length == 1:
-        query_Sqhd = query_N1hd[:num_tokens]
-    else:
-        is_new_Sq = step_q < query_lengths_S[:, None]
-        query_Sqhd = query_N1hd.new_zeros(num_sequences, max_query_length, *query_N1hd.shape[2:])
-        query_Sqhd[is_new_Sq] = query_N1hd[:num_tokens, 0]
-
-    last_visible_Sq = (kv_lengths_S - query_lengths_S)[:, None] + step_q
-    position_k = torch.arange(keys_Sgkd.shape[2], device=query_N1hd.device)
-    visible_S1qk = (position_k <= last_visible_Sq[..., None]).unsqueeze(1)
-    context_Shqd = F.scaled_dot_product_attention(
-        query_Sqhd.transpose(1, 2),
-        keys_Sgkd,
-        values_Sgkd,
-        attn_mask=visible_S1qk,
-        scale=softmax_scale,
-        enable_gqa=query_Sqhd.shape[2] != keys_Sgkd.shape[1],
-    )
-    context_Sqhd = context_Shqd.transpose(1, 2)
-    context_N1hd = torch.zeros_like(query_N1hd)
-    context_N1hd[:num_tokens, 0] = (
-        context_Sqhd[:, 0] if max_query_length == 1 else context_Sqhd[is_new_Sq]
-    )
-    return context_N1hd

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.hf_checkpoint import CheckpointError, read_json
-from trb_megatron.kv_cache import paged_attention
+from trb_megatron.paged_attention import paged_attention
 from trb_megatron.param_mapping import FAMILIES, ModelShape, has_parameter
 
 VOCAB_MULTIPLE = 128
@@ -245,7 +245,9 @@ class PagedSelfAttention(SelfAttention):
         **_: Any,
     ) -> Tensor:
         scale = self.config.softmax_scale or self.hidden_size_per_attention_head**-0.5
-        return paged_attention(q, k, v, cu_seqlens_q, seqlens_k, block_table, max_seqlen_q, scale)
+        return paged_attention(
+            q, k, v, cu_seqlens_q.diff(), seqlens_k, block_table, max_seqlen_q, scale
+        )
 
 
 class HiddenStateGPTModel(GPTModel):

@@ -1,38 +1,40 @@
 """Sampling responses: continuous batching over a paged cache, speculative and exact.
 
-A `RolloutEngine` belongs to one model replica (the ranks of one TP x PP group) and works in rounds.
-A round takes a group of sequences, either those just admitted (prefill) or all in flight (decode):
+A `RolloutEngine` belongs to one model replica (the ranks of one TP x PP group). Sequences enter and
+leave slots as the `scheduler` says. What enters is computed up to its last token (prefill); then
+those in the slots go through rounds together:
 
 1. draft: the student proposes up to G - 1 tokens, one forward pass each, and runs once more;
-2. score: the teacher, if the policy needs it, sees the same new tokens in one ragged forward pass;
+2. score: the teacher, if the policy needs it, sees the same new tokens in one forward pass;
 3. draw: the policy draws the token of all G positions at once;
 4. commit: from left to right, up to the first token that is not the student's proposal.
 
 Which token is drawn at a position does not depend on how many were drafted, since each position has
 its own random numbers: G changes the speed, never the tokens. With G = 1 a round is one token.
-Finished sequences leave their slot and waiting prompts enter.
+
+With several pipeline stages the slots form as many groups, whose rounds take turns: while a later
+stage works on one group, an earlier stage works on another. Between the first draft and the draw of
+a round nothing is read back from the device.
 
 Shapes: S sequences of a round, G positions of a round, N packed tokens (or rows), U this rank's
 vocabulary shard. A round holds the student's logits at S * G positions, S * G * U elements of the
-model's type on each rank, and as many of the teacher's.
+model's type on each rank of the last stage, and as many of the teacher's.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from itertools import zip_longest
-from typing import Any
+from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from trb_megatron.batch import Rollout, TokenRecord
-from trb_megatron.config import RolloutConfig
+from trb_megatron.config import ConfigError, RolloutConfig
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.drafting import (
     MAX_POSITIONS,
@@ -40,57 +42,15 @@ from trb_megatron.drafting import (
     choose_num_positions,
     estimate_acceptance,
 )
-from trb_megatron.forward import forward_cached
+from trb_megatron.forward import CachedModel
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
 from trb_megatron.models import HiddenStateGPTModel, token_multiple
+from trb_megatron.pipeline import Announcement, take_turns
 from trb_megatron.policies import Policy, Sampling, Uniforms
+from trb_megatron.scheduler import Admission, Request, Scheduler, SequenceState, SlotGroup
 
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to answer; the indices key the random numbers (see `uniforms`)."""
-
-    prompt_index: int
-    rollout_index: int
-    prompt_ids: tuple[int, ...]
-
-
-@dataclass
-class _Sequence:
-    """A request in flight: its slot, what the cache holds of it, and its response so far."""
-
-    request: Request
-    number: int
-    slot: int = -1
-    cached: int = 0
-    response_ids: list[int] = field(default_factory=list)
-    stopped: bool = False
-    finished: bool = False
-    teacher_calls: int = 0
-
-    @property
-    def new_ids(self) -> list[int]:
-        """Tokens that the models have not seen: the prompt first, then the last sampled token."""
-        return self.response_ids[-1:] if self.response_ids else list(self.request.prompt_ids)
-
-    def commit(self, drawn_ids: list[int], drafted_ids: list[int], sampling: Sampling) -> int:
-        """Append drawn tokens up to the first that was not drafted or that ends the response.
-
-        What the cache holds beyond is forgotten: the next round writes over it. Returns how many
-        tokens were appended.
-        """
-        num_before = len(self.response_ids)
-        self.cached += len(self.new_ids) - 1
-        for drawn_id, drafted_id in zip_longest(drawn_ids, drafted_ids):
-            self.response_ids.append(drawn_id)
-            self.stopped = drawn_id in sampling.stop_ids
-            is_full = len(self.response_ids) == sampling.max_response_tokens
-            self.finished = self.stopped or is_full
-            if self.finished or drawn_id != drafted_id:
-                break
-        num_committed = len(self.response_ids) - num_before
-        self.cached += num_committed
-        return num_committed
+_FREE_MEMORY_SHARE = 0.8
+"""Of a GPU's free memory, the share that caches take where the configuration does not say."""
 
 
 class RolloutEngine:
@@ -99,8 +59,7 @@ class RolloutEngine:
     Args:
         student, teacher: this rank's parts, in evaluation mode; the teacher may be None when no
             policy needs it.
-        config: cache slots, page size, and prompt tokens of one prefill step (a longer prompt is
-            run alone).
+        config: slots, pages and memory of the cache, tokens of one prefill pass, and draft length.
     """
 
     def __init__(
@@ -118,6 +77,10 @@ class RolloutEngine:
         """What `draft_tokens: auto` decides by; measured by `measure_draft_costs`."""
         self.num_teacher_calls = 0
         """Teacher forward passes since the engine was made."""
+        self.num_prefilled_tokens = 0
+        """Tokens that were run without a token being sampled behind them, likewise."""
+        self.num_preemptions = 0
+        """Sequences that had to give their pages back, likewise."""
 
     def generate(
         self, requests: Sequence[Request], policy: Policy, sampling: Sampling
@@ -125,17 +88,30 @@ class RolloutEngine:
         """Answer every request, in the order given.
 
         Collective over the model replica. The result depends on the requests' indices and the
-        sampling key, not on drafts, slots, order or layout (except where
-        rounding puts a random number on a boundary).
-        Per-token records and kept hidden states are on the last pipeline stage only.
+        sampling key, not on drafts, slots, memory, order or layout (except where rounding puts a
+        random number on a boundary). Per-token records and kept hidden states are on the last
+        pipeline stage only.
+
+        Raises:
+            ConfigError: the cache cannot hold the longest prompt and its response.
         """
         if not requests:
             return []
         run = _Run(self, requests, policy, sampling)
         with self._student_in_inference():
-            while run.waiting or run.active:
-                run.round(run.admit() or run.active)  # prefill first: it fills the slots
+            take_turns([run.serve(group) for group in run.scheduler.groups])
+        self.num_preemptions += run.scheduler.num_preemptions
         return run.collect()
+
+    def check_cache(self, num_tokens: int, *, with_teacher: bool, what: str) -> None:
+        """Refuse a cache of configured size that cannot hold one sequence of `num_tokens` tokens.
+
+        Collective over the model replica.
+
+        Raises:
+            ConfigError: says how large it must be; `what` names where the length comes from.
+        """
+        self._num_pages(num_tokens, 1, with_teacher, what)
 
     @contextmanager
     def _student_in_inference(self) -> Iterator[None]:
@@ -155,27 +131,77 @@ class RolloutEngine:
         seconds = {}
         with self._student_in_inference():
             for num_sequences in sorted({1, self.config.max_sequences}):
+                requests = [Request(i, 0, (0, 0)) for i in range(num_sequences)]
                 for num_positions in (1, 9):
-                    requests = [Request(i, 0, (0, 0)) for i in range(num_sequences)]
-                    run = _Run(self, requests, policy, endless, num_positions=num_positions)
-                    run.round(run.admit())
-                    rounds = [_time(self.layout.device, run.round, run.active) for _ in range(3)]
-                    seconds[num_sequences, num_positions] = min(rounds)
+                    run = _Run(self, requests, policy, endless)
+                    for group in run.scheduler.groups:
+                        run.admit(group)
+                    times = [_time_rounds(run, num_positions) for _ in range(3)]
+                    seconds[run.scheduler.num_active, num_positions] = min(times)
         shared = [DraftCosts.fit(seconds)]
         dist.broadcast_object_list(shared, src=0)
         return shared[0]
 
+    def _page_table(self, requests: Sequence[Request], policy: Policy, limit: int) -> PageTable:
+        """Pages for these requests with responses of at most `limit` tokens."""
+        num_slots = min(self.config.max_sequences, len(requests))
+        max_tokens = max(len(request.prompt_ids) for request in requests) + limit
+        num_pages = self._num_pages(
+            max_tokens, num_slots, policy.needs_teacher, "the longest prompt and its response"
+        )
+        return PageTable(
+            num_slots,
+            num_pages,
+            max_tokens + MAX_POSITIONS,
+            self.config.page_tokens,
+            self.layout.device,
+        )
 
-def _time(device: torch.device, function: Callable[..., None], *args: Any) -> float:
+    def _num_pages(self, num_tokens: int, num_slots: int, with_teacher: bool, what: str) -> int:
+        """Pages of the pool, the same on all ranks of the replica: what is needed, or what fits."""
+        per_sequence = -(-(num_tokens + MAX_POSITIONS) // self.config.page_tokens)
+        page_bytes = self.config.page_tokens * sum(
+            PagedKVCache.bytes_per_token(model.config, len(model.decoder.layers))
+            for model in (self.student, self.teacher if with_teacher else None)
+            if model is not None
+        )
+        fitting = num_slots * per_sequence
+        if self.config.cache_gb is not None:
+            fitting = min(fitting, int(self.config.cache_gb * 1e9 / page_bytes) - 1)
+        elif self.layout.device.type == "cuda":
+            free_bytes = _FREE_MEMORY_SHARE * _free_gpu_memory(self.layout.device)
+            fitting = min(fitting, int(free_bytes / page_bytes) - 1)
+        worst = torch.tensor([fitting, -page_bytes], device=self.layout.device)
+        for group in (self.layout.tp_group, self.layout.pp_group):
+            dist.all_reduce(worst, op=dist.ReduceOp.MIN, group=group)
+        num_pages, needed_gb = int(worst[0]), -int(worst[1]) * (per_sequence + 1) / 1e9
+        if num_pages < per_sequence:
+            raise ConfigError(
+                f"rollout.cache_gb: the key/value cache holds {max(0, num_pages)} pages of "
+                f"{self.config.page_tokens} tokens on each rank, but one sequence needs "
+                f"{per_sequence} ({num_tokens} tokens, {what}, and {MAX_POSITIONS} for drafts); "
+                f"give it at least {needed_gb:.3g} GB, or shorten the sequences"
+            )
+        return num_pages
+
+
+def _free_gpu_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate, what its allocator keeps unused included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _time_rounds(run: _Run, num_positions: int) -> float:
+    """Seconds in which all groups go through a round."""
     started = time.perf_counter()
-    function(*args)
-    if device.type == "cuda":
+    take_turns([run.round(group, num_positions) for group in run.scheduler.groups])
+    if run.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 class _Run:
-    """One call of `RolloutEngine.generate`: its cache, and the sequences waiting and in flight."""
+    """One call of `RolloutEngine.generate`: its caches, sequences and records."""
 
     def __init__(
         self,
@@ -183,199 +209,183 @@ class _Run:
         requests: Sequence[Request],
         policy: Policy,
         sampling: Sampling,
-        num_positions: int | None = None,
     ) -> None:
         self.engine = engine
         self.policy = policy
         self.sampling = sampling
-        self.sequences = [_Sequence(request, number) for number, request in enumerate(requests)]
-        self.waiting = deque(self.sequences)
-        self.active: list[_Sequence] = []
-        self.records: list[tuple[list[int], dict[str, Tensor]]] = []
-        self.fixed_num_positions = num_positions or self._configured_num_positions()
-        self.num_positions = self.fixed_num_positions or MAX_POSITIONS
-        self.num_accepted = self.num_scanned = 0
-
-        num_slots = min(engine.config.max_sequences, len(requests))
-        longest_prompt = max(len(request.prompt_ids) for request in requests)
-        max_tokens = longest_prompt + sampling.max_response_tokens + self.num_positions
+        self.layout = engine.layout
         self.device = engine.layout.device
-        self.token_multiple = token_multiple(engine.student.config)
-        self.free_slots = list(range(num_slots))
-        self.page_table = PageTable(num_slots, max_tokens, engine.config.page_tokens, self.device)
-        self.student = (engine.student, self._cache(engine.student, max_tokens))
+        self.table = engine._page_table(requests, policy, sampling.max_response_tokens)
+        self.scheduler = Scheduler(requests, self.table, num_groups=engine.layout.pp_size)
+        self.student = CachedModel(engine.student, self.table, engine.layout)
         self.teacher = None
         if policy.needs_teacher:
             assert engine.teacher is not None, "this policy needs a teacher"
-            self.teacher = (engine.teacher, self._cache(engine.teacher, max_tokens))
+            self.teacher = CachedModel(engine.teacher, self.table, engine.layout)
+        self.records: list[tuple[list[int], dict[str, Tensor]]] = []
+        self.num_accepted = self.num_scanned = 0
+        self.num_positions = MAX_POSITIONS
+        """Of the latest round."""
 
-    def _cache(self, model: HiddenStateGPTModel, max_tokens: int) -> PagedKVCache:
-        return PagedKVCache(model.config, len(model.decoder.layers), self.page_table, max_tokens)
+    def serve(self, group: SlotGroup) -> Iterator[None]:
+        """Admit and run rounds until nothing is left for this group of slots."""
+        while not self.scheduler.is_done(group):
+            self.admit(group)
+            num_positions = self._choose_num_positions(group)
+            self.scheduler.make_room(group, num_positions)
+            if group.sequences:
+                yield from self.round(group, num_positions)
+            else:
+                yield  # the other groups hold all pages
 
-    def _configured_num_positions(self) -> int | None:
-        """Positions of every round; None when each round chooses."""
+    def _choose_num_positions(self, group: SlotGroup) -> int:
+        """Positions of the group's next round: no more than the longest response may still get."""
         if not self.policy.needs_teacher:
             return 1
-        drafts = self.engine.config.draft_tokens
-        return None if drafts == "auto" else drafts + 1
-
-    def _choose_num_positions(self, num_sequences: int) -> int:
-        if self.fixed_num_positions is not None:
-            return self.fixed_num_positions
+        shortest = min((len(s.response_ids) for s in group.sequences), default=0)
+        remaining = self.sampling.max_response_tokens - shortest
+        if self.engine.config.draft_tokens != "auto":
+            return min(self.engine.config.draft_tokens + 1, remaining)
         assert self.engine.draft_costs is not None, "draft_tokens=auto needs measured costs"
         acceptance = estimate_acceptance(self.policy.kl_budget, self.num_accepted, self.num_scanned)
-        return choose_num_positions(self.engine.draft_costs, acceptance, num_sequences)
+        num_active = max(1, self.scheduler.num_active)
+        chosen = choose_num_positions(self.engine.draft_costs, acceptance, num_active)
+        return min(chosen, remaining)
 
-    def admit(self) -> list[_Sequence]:
-        """Give free slots to waiting sequences, as many as one prefill may hold."""
-        admitted: list[_Sequence] = []
-        num_tokens = 0
-        while self.waiting and self.free_slots:
-            num_tokens += len(self.waiting[0].request.prompt_ids)
-            if admitted and num_tokens > self.engine.config.max_prefill_tokens:
-                break
-            sequence = self.waiting.popleft()
-            sequence.slot = self.free_slots.pop()
-            admitted.append(sequence)
-        self.active.extend(admitted)
-        return admitted
+    # ------------------------------------------------------------------ prefill
 
-    def round(self, group: list[_Sequence]) -> None:
+    def admit(self, group: SlotGroup) -> None:
+        """Fill free slots, and the caches of what enters up to the last token of each sequence."""
+        admission = self.scheduler.admit(group, self.num_positions)
+        self._prefill(admission.first)
+        self._copy(admission)
+        self._prefill(admission.others)
+
+    def _copy(self, admission: Admission) -> None:
+        if admission.copies:
+            sources, targets = zip(*admission.copies, strict=True)
+            for model in self._models():
+                model.cache.copy_pages(sources, targets)
+
+    def _prefill(self, sequences: Sequence[SequenceState]) -> None:
+        for chunk in _chunks(sequences, self.engine.config.max_prefill_tokens):
+            counts = [count for _, count in chunk]
+            batch = self.table.ragged_batch(
+                slots=[sequence.slot for sequence, _ in chunk],
+                past_lengths=[sequence.num_cached for sequence, _ in chunk],
+                new_lengths=counts,
+                pad_to_multiple=self._token_multiple,
+            )
+            tokens_N = torch.tensor(
+                [
+                    token_id
+                    for sequence, count in chunk
+                    for token_id in sequence.token_ids[sequence.num_cached :][:count]
+                ],
+                device=self.device,
+            )
+            for model in self._models():
+                model.forward(batch, tokens_N)
+            for sequence, count in chunk:
+                sequence.num_cached += count
+            self.engine.num_prefilled_tokens += sum(counts)
+
+    def _models(self) -> list[CachedModel]:
+        return [model for model in (self.student, self.teacher) if model is not None]
+
+    @property
+    def _token_multiple(self) -> int:
+        return token_multiple(self.engine.student.config)
+
+    # ------------------------------------------------------------------ rounds
+
+    def round(self, group: SlotGroup, num_positions: int) -> Iterator[None]:
         """Draft, score, draw and commit; see the module docstring."""
-        self.num_positions = self._choose_num_positions(len(group))
-        student_SGU, drafted_ids = self._draft(group)
-        teacher_NU, teacher_NH = self._score(group, drafted_ids)
-        drawn_ids, accepted, record = self._draw(group, student_SGU, teacher_NU)
-        counts = [
-            sequence.commit(drawn, drafted, self.sampling)
-            for sequence, drawn, drafted in zip(group, drawn_ids, drafted_ids, strict=True)
-        ]
-        self.num_scanned += sum(counts)
-        self.num_accepted += sum(
-            sum(flags[:count]) for flags, count in zip(accepted, counts, strict=True)
-        )
+        self.num_positions = num_positions
+        view = _RoundView(group.sequences, num_positions, self)
+        student_SGU, drafted_SG = yield from self._draft(view)
+        teacher_NU, teacher_NH = self._score(view, drafted_SG)
+        record, drawn_2SG = None, None
+        if student_SGU is not None:
+            token_ids_N, record = self.policy.draw(
+                student_SGU.flatten(0, 1), teacher_NU, view.uniforms(0, num_positions)
+            )
+            drawn_2SG = torch.stack([token_ids_N, record.accepted.long()]).view(2, *view.shape)
+        announced = Announcement(drawn_2SG, (2, *view.shape), self.layout)
+        yield
+        counts = self._commit(group, announced.wait(), drafted_SG)
         if record is not None:
-            self._keep(group, counts, record, teacher_NH)
-        for sequence in group:
-            if sequence.finished:
-                self.page_table.release(sequence.slot)
-                self.free_slots.append(sequence.slot)
-        self.active = [sequence for sequence in self.active if not sequence.finished]
+            self._keep(group.sequences, counts, record, teacher_NH)
+        self.scheduler.retire(group)
 
-    def _draft(self, group: list[_Sequence]) -> tuple[Tensor | None, list[list[int]]]:
-        """The student's logits [S, G, U] at all positions (last stage), and its proposals."""
-        model, cache = self.student
+    def _draft(self, view: _RoundView) -> Generator[None, None, tuple[Tensor | None, Tensor]]:
+        """The student's logits [S, G, U] (last stage) and its proposals [S, G - 1]."""
+        num_sequences, num_positions = view.shape
         logits: list[Tensor] = []
-        new_ids = [sequence.new_ids for sequence in group]
-        past = [sequence.cached for sequence in group]
-        drafted_ids: list[list[int]] = [[] for _ in group]
-        for position in range(self.num_positions):
-            batch, hidden_NH = self._forward(model, cache, group, past, new_ids)
-            if hidden_NH is not None:
-                logits.append(_project(model, hidden_NH[batch.query_lengths_S.cumsum(0) - 1]))
-            if position == self.num_positions - 1:
+        tokens: list[Tensor] = [view.last_S]
+        for position in range(num_positions):
+            hidden_SH = self.student.forward(view.batch(position, 1), tokens[-1])
+            if hidden_SH is not None:
+                logits.append(self.student.project(hidden_SH))
+            if position == num_positions - 1:
                 break
             proposed_S = None
-            if hidden_NH is not None:
-                proposed_S = self.policy.propose(logits[-1], self._uniforms(group, position, 1))
-            past = [p + len(ids) for p, ids in zip(past, new_ids, strict=True)]
-            new_ids = [[token_id] for token_id in self._share(proposed_S, (len(group),))]
-            for drafted, ids in zip(drafted_ids, new_ids, strict=True):
-                drafted.extend(ids)
-        return (torch.stack(logits, dim=1) if logits else None), drafted_ids
+            if hidden_SH is not None:
+                proposed_S = self.policy.propose(logits[-1], view.uniforms(position, 1))
+            announced = Announcement(proposed_S, (num_sequences,), self.layout)
+            yield
+            tokens.append(announced.wait())
+        return (
+            torch.stack(logits, dim=1) if logits else None,
+            torch.stack(tokens, dim=1)[:, 1:],
+        )
 
-    def _score(
-        self, group: list[_Sequence], drafted_ids: list[list[int]]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _score(self, view: _RoundView, drafted_SG: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The teacher's logits [S * G, U] and hidden states at all positions, on the last stage."""
         if self.teacher is None:
             return None, None
-        model, cache = self.teacher
-        past = [sequence.cached for sequence in group]
-        new_ids = [s.new_ids + drafted for s, drafted in zip(group, drafted_ids, strict=True)]
         self.engine.num_teacher_calls += 1
-        for sequence in group:
-            sequence.teacher_calls += 1
-        batch, hidden_NH = self._forward(model, cache, group, past, new_ids)
+        tokens_SG = torch.cat([view.last_S[:, None], drafted_SG], dim=1)
+        hidden_NH = self.teacher.forward(view.batch(0, view.shape[1]), tokens_SG.flatten())
         if hidden_NH is None:
             return None, None
-        back_G = torch.arange(-self.num_positions, 0, device=self.device)
-        rows_N = (batch.query_lengths_S.cumsum(0)[:, None] + back_G).flatten()
-        return _project(model, hidden_NH[rows_N]), hidden_NH[rows_N]
+        return self.teacher.project(hidden_NH), hidden_NH
 
-    def _forward(
-        self,
-        model: HiddenStateGPTModel,
-        cache: PagedKVCache,
-        group: list[_Sequence],
-        past: list[int],
-        new_ids: list[list[int]],
-    ) -> tuple[RaggedBatch, Tensor | None]:
-        """Run new tokens behind `past` cached ones; hidden states on the last stage."""
-        batch = self.page_table.extend(
-            slots=[sequence.slot for sequence in group],
-            past_lengths=past,
-            new_lengths=[len(ids) for ids in new_ids],
-            pad_to_multiple=self.token_multiple,
-        )
-        tokens_N = torch.tensor([token for ids in new_ids for token in ids], device=self.device)
-        return batch, forward_cached(model, cache, batch, tokens_N, self.engine.layout)
+    def _commit(self, group: SlotGroup, drawn_2SG: Tensor, drafted_SG: Tensor) -> list[int]:
+        """Append what was drawn to the sequences; how many tokens each of them got."""
+        both_3SG = torch.cat([drawn_2SG, F.pad(drafted_SG, (0, 1), value=-1)[None]])
+        counts = []
+        for sequence, drawn_ids, accepted, drafted_ids in zip(
+            group.sequences, *both_3SG.tolist(), strict=True
+        ):
+            count = sequence.commit(
+                drawn_ids,
+                drafted_ids,
+                self.sampling.stop_ids,
+                self.sampling.max_response_tokens,
+            )
+            sequence.num_teacher_calls += self.teacher is not None
+            self.num_scanned += count
+            self.num_accepted += sum(accepted[:count])
+            counts.append(count)
+        return counts
 
-    def _draw(
-        self, group: list[_Sequence], student_SGU: Tensor | None, teacher_NU: Tensor | None
-    ) -> tuple[list[list[int]], list[list[int]], TokenRecord | None]:
-        """Tokens of all positions and whether each was proposed, [S][G], on every stage.
-
-        The record of the positions is on the last stage only.
-        """
-        drawn_2N, record = None, None
-        if student_SGU is not None:
-            uniforms = self._uniforms(group, 0, self.num_positions)
-            token_ids_N, record = self.policy.draw(student_SGU.flatten(0, 1), teacher_NU, uniforms)
-            drawn_2N = torch.stack([token_ids_N, record.accepted.long()])
-        rows = len(group) * self.num_positions
-        token_ids, accepted = self._share(drawn_2N, (2, rows))
-        starts = range(0, rows, self.num_positions)
-        return (
-            [token_ids[start : start + self.num_positions] for start in starts],
-            [accepted[start : start + self.num_positions] for start in starts],
-            record,
-        )
-
-    def _uniforms(self, group: list[_Sequence], first: int, count: int) -> Uniforms:
-        """Of `count` positions from the `first` after the committed tokens of each sequence."""
-        key_S3 = torch.tensor(
-            [
-                (s.request.prompt_index, s.request.rollout_index, len(s.response_ids) + first)
-                for s in group
-            ],
-            device=self.device,
-        )
-        prompt_N, rollout_N, position_N = key_S3.repeat_interleave(count, dim=0).unbind(dim=1)
-        offset_N = torch.arange(count, device=self.device).repeat(len(group))
-        return Uniforms(self.sampling, prompt_N, rollout_N, position_N + offset_N)
-
-    def _share(self, values: Tensor | None, shape: tuple[int, ...]) -> list[Any]:
-        """Integers of the last stage on every stage: a broadcast over the pipeline group."""
-        layout = self.engine.layout
-        if values is None:
-            values = torch.empty(shape, dtype=torch.long, device=self.device)
-        if layout.pp_size > 1:
-            dist.broadcast(values, src=layout.last_stage_rank, group=layout.pp_group)
-        return values.tolist()
+    # ------------------------------------------------------------------ records
 
     def _keep(
         self,
-        group: list[_Sequence],
+        sequences: Sequence[SequenceState],
         counts: list[int],
         record: TokenRecord,
         teacher_NH: Tensor | None,
     ) -> None:
         """Remember the records (and hidden states) of the committed positions."""
-        positions_G = torch.arange(self.num_positions, device=self.device)
-        is_committed_SG = positions_G < torch.tensor(counts, device=self.device)[:, None]
-        kept_N = is_committed_SG.flatten().nonzero()[:, 0]
-        numbers = [s.number for s, n in zip(group, counts, strict=True) for _ in range(n)]
+        num_positions = len(record.accepted) // len(sequences)
+        kept_N = torch.tensor(
+            [row * num_positions + i for row, count in enumerate(counts) for i in range(count)],
+            device=self.device,
+        )
+        numbers = [s.number for s, n in zip(sequences, counts, strict=True) for _ in range(n)]
         kept = {c.name: getattr(record, c.name)[kept_N] for c in fields(TokenRecord)}
         if teacher_NH is not None and self.engine.config.keep_teacher_hidden:
             kept["teacher_hidden"] = teacher_NH[kept_N]
@@ -383,7 +393,7 @@ class _Run:
 
     def collect(self) -> list[Rollout]:
         """The finished rollouts, with their records sorted out of the rounds."""
-        columns = self._columns_by_sequence()
+        sequences = self.scheduler.sequences
         return [
             Rollout(
                 prompt_index=sequence.request.prompt_index,
@@ -391,20 +401,20 @@ class _Run:
                 prompt_ids=sequence.request.prompt_ids,
                 response_ids=tuple(sequence.response_ids),
                 stopped=sequence.stopped,
-                teacher_calls=sequence.teacher_calls,
+                teacher_calls=sequence.num_teacher_calls,
                 teacher_hidden=of_sequence.pop("teacher_hidden", None),
                 record=TokenRecord(**of_sequence) if of_sequence else None,
             )
-            for sequence, of_sequence in zip(self.sequences, columns, strict=True)
+            for sequence, of_sequence in zip(sequences, self._columns_by_sequence(), strict=True)
         ]
 
     def _columns_by_sequence(self) -> list[dict[str, Tensor]]:
+        columns: list[dict[str, Tensor]] = [{} for _ in self.scheduler.sequences]
         if not self.records:
-            return [{} for _ in self.sequences]
+            return columns
         number_N = torch.tensor([number for numbers, _ in self.records for number in numbers])
         order_N = torch.argsort(number_N, stable=True).to(self.device)
-        lengths = [len(sequence.response_ids) for sequence in self.sequences]
-        columns: list[dict[str, Tensor]] = [{} for _ in self.sequences]
+        lengths = [len(sequence.response_ids) for sequence in self.scheduler.sequences]
         for name in self.records[0][1]:
             values_N = torch.cat([kept[name] for _, kept in self.records])[order_N]
             for of_sequence, values in zip(columns, values_N.split(lengths), strict=True):
@@ -412,6 +422,64 @@ class _Run:
         return columns
 
 
-@torch.no_grad()
-def _project(model: HiddenStateGPTModel, hidden_NH: Tensor) -> Tensor:
-    return model.project(hidden_NH)
+class _RoundView:
+    """What the models and policies need of the sequences of a round, on the device."""
+
+    def __init__(self, sequences: Sequence[SequenceState], num_positions: int, run: _Run) -> None:
+        self.shape = (len(sequences), num_positions)
+        rows = [
+            (
+                sequence.num_cached,
+                sequence.last_id,
+                sequence.request.prompt_index,
+                sequence.request.rollout_index,
+                len(sequence.response_ids),
+            )
+            for sequence in sequences
+        ]
+        columns_5S = torch.tensor(rows).T.contiguous().to(run.device, non_blocking=True)
+        self.past_S, self.last_S, *self._key = columns_5S.unbind()
+        self._sampling = run.sampling
+        self._token_multiple = run._token_multiple
+        self._page_tokens = run.table.page_tokens
+        longest = max(row[0] for row in rows) + num_positions
+        self._block_table_SP = run.table.block_table([s.slot for s in sequences], longest)
+
+    def batch(self, first: int, count: int) -> RaggedBatch:
+        """`count` new tokens of each sequence from the `first` of this round."""
+        return RaggedBatch.uniform(
+            self.past_S + first,
+            count,
+            self._block_table_SP,
+            self._page_tokens,
+            self._token_multiple,
+        )
+
+    def uniforms(self, first: int, count: int) -> Uniforms:
+        """Of `count` positions of each sequence from the `first` of this round."""
+        prompt_N, rollout_N, position_N = (key_S.repeat_interleave(count) for key_S in self._key)
+        offset_N = torch.arange(first, first + count, device=position_N.device)
+        offset_N = offset_N.repeat(self.shape[0])
+        return Uniforms(self._sampling, prompt_N, rollout_N, position_N + offset_N)
+
+
+def _chunks(
+    sequences: Sequence[SequenceState], max_tokens: int
+) -> Iterator[list[tuple[SequenceState, int]]]:
+    """What the cache lacks of sequences (all but their last tokens), in chunks of `max_tokens`.
+
+    Each chunk lists sequences and how many tokens of each are next.
+    """
+    chunk: list[tuple[SequenceState, int]] = []
+    room = max_tokens
+    for sequence in sequences:
+        missing = len(sequence) - 1 - sequence.num_cached
+        while missing > 0:
+            count = min(missing, room)
+            chunk.append((sequence, count))
+            missing, room = missing - count, room - count
+            if room == 0:
+                yield chunk
+                chunk, room = [], max_tokens
+    if chunk:
+        yield chunk

@@ -69,7 +69,8 @@ from trb_megatron.policies import BlendPolicy, Policy, Sampling, StudentPolicy
 from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
 from trb_megatron.report import describe_environment
 from trb_megatron.rewards import RewardWorkers
-from trb_megatron.rollout import Request, RolloutEngine
+from trb_megatron.rollout import RolloutEngine
+from trb_megatron.scheduler import Request
 
 
 class NonFiniteError(RuntimeError):
