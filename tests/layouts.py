@@ -47,8 +47,22 @@ LAYOUTS = (
             "rollout.keep_teacher_hidden=false",
         ),
     ),
-    Layout(pp=2, overrides=("training.max_tokens_per_microbatch=64", "rollout.draft_tokens=3")),
-    Layout(dp=2, overrides=("optimizer.distributed=false", "rollout.draft_tokens=auto")),
+    Layout(
+        pp=2,
+        overrides=(
+            "training.max_tokens_per_microbatch=64",
+            "rollout.draft_tokens=3",
+            "rollout.cache_gb=7e-5",
+        ),
+    ),
+    Layout(
+        dp=2,
+        overrides=(
+            "optimizer.distributed=false",
+            "rollout.draft_tokens=auto",
+            "rollout.cache_gb=12e-5",
+        ),
+    ),
     Layout(tp=2, pp=2, overrides=("parallel.sequence_parallel=true", "rollout.draft_tokens=8")),
 )
 
@@ -64,6 +78,8 @@ class ProbeResult:
     """policy -> rollouts as plain data, ordered by request."""
     metrics: list[dict[str, float]]
     """of each training step."""
+    preemptions: dict[str, int]
+    """policy -> how often a sequence was preempted, summed over replicas."""
     teacher_calls: list[int]
     """teacher forward passes in the rollouts of each training step, summed over replicas."""
     export: Path = field(default=Path())
@@ -131,7 +147,12 @@ def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
             "student": _probe_logits(trainer.models.student, trainer),
             "teacher": _probe_logits(trainer.models.teacher, trainer),
         }
-        rollouts = {name: _probe_rollouts(trainer, name) for name in ("student", "blend", "greedy")}
+        rollouts, preemptions = {}, {}
+        for name in ("student", "blend", "greedy"):
+            before = trainer.engine.num_preemptions
+            rollouts[name] = _probe_rollouts(trainer, name)
+            preemptions[name] = trainer.engine.num_preemptions - before
+            preemptions[name] = sum(distributed.gather_from_leaders(preemptions[name], parallel))
         metrics, teacher_calls = [], []
         for _ in range(STEPS):
             before = trainer.engine.num_teacher_calls
@@ -146,7 +167,7 @@ def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
         save_hf_checkpoint(
             trainer.models.student, trainer.models.student_config, parallel, export / "hf"
         )
-    return ProbeResult(logits, rollouts, metrics, teacher_calls, export / "hf")
+    return ProbeResult(logits, rollouts, metrics, preemptions, teacher_calls, export / "hf")
 
 
 def _prompt(trainer: Any, index: int) -> tuple[int, ...]:

@@ -27,6 +27,13 @@ def test_same_tokens_at_every_layout_number_of_slots_and_draft_length(
     assert one == other
 
 
+def test_small_caches_are_too_small(probe_results: dict[Layout, ProbeResult]) -> None:
+    """What is compared above is compared after preemption, too."""
+    for layout, result in probe_results.items():
+        is_small = any("cache_gb" in override for override in layout.overrides)
+        assert (result.preemptions["blend"] > 0) == is_small
+
+
 def test_rollouts_of_a_prompt_differ_and_policies_differ(
     probe_results: dict[Layout, ProbeResult],
 ) -> None:

@@ -47,7 +47,10 @@ class Simulation:
             self.contents[target] = list(self.contents[source])
         for sequence in admission.others:
             self.fill(sequence)
+        num_preemptions = self.scheduler.num_preemptions
         self.scheduler.make_room(group, self.num_new)
+        if admission.first or admission.others:  # what enters does not push anybody out
+            assert self.scheduler.num_preemptions == num_preemptions
         if self.scheduler.has_waiting:
             self.occupancy_while_waiting.append(self.scheduler.num_active / self.table.num_slots)
         for sequence in group.sequences:
@@ -56,7 +59,10 @@ class Simulation:
             drawn = [1] * min(left, self.num_new)
             if left <= self.num_new:
                 drawn[-1] = 0  # the stop id
-            sequence.commit(drawn, drawn[:-1], (0,), 10**9)
+            rejected = random.Random(left).randrange(2 * self.num_new)
+            drafted = [2 if i == rejected else id for i, id in enumerate(drawn[:-1])]
+            count = sequence.commit(drawn, drafted, (0,), 10**9)
+            assert count == min(rejected + 1, len(drawn))
         self.scheduler.retire(group)
         self.num_rounds += bool(group.sequences)
         self.check()
@@ -112,8 +118,8 @@ def spread_lengths(shortest: int, longest: int) -> Lengths:
 
 
 @pytest.mark.parametrize("num_groups", [1, 2])
-@pytest.mark.parametrize("num_new", [1, 5])
-@pytest.mark.parametrize("num_pages", [16, 24, 60, 1000])
+@pytest.mark.parametrize("num_new", [1, 40])
+@pytest.mark.parametrize("num_pages", [18, 26, 60, 1000])
 def test_every_sequence_finishes_however_few_the_pages(
     num_pages: int, num_new: int, num_groups: int
 ) -> None:
@@ -170,6 +176,17 @@ def test_long_responses_begin_early() -> None:
     assert num_rounds(requests) < 0.8 * num_rounds(in_order)
 
 
+def test_what_is_shared_needs_no_room() -> None:
+    table = PageTable(2, 6, 96, PAGE_TOKENS, CPU)
+    scheduler = Scheduler(make_requests(1, 2, prompt_tokens=49), table, 1)
+    (group,) = scheduler.groups
+    admission = scheduler.admit(group, 10)  # three pages in common, and one more for each
+    assert len(admission.first) == len(admission.others) == 1
+    assert table.num_free == 3
+    scheduler.make_room(group, 10)
+    assert table.num_free == 1
+
+
 def test_the_latest_gives_way_and_comes_back_first() -> None:
     table = PageTable(3, 6, 64, PAGE_TOKENS, CPU)
     scheduler = Scheduler(make_requests(3, 1, prompt_tokens=17), table, 1)
@@ -178,10 +195,10 @@ def test_the_latest_gives_way_and_comes_back_first() -> None:
     for sequence in admitted:
         sequence.num_cached = 16
     assert [s.request.prompt_index for s in admitted] == [0, 1, 2]
-    scheduler.make_room(group, 17)  # three pages each, and there are six
-    assert [s.request.prompt_index for s in group.sequences] == [0, 1]
-    assert scheduler.num_preemptions == 1 and scheduler.has_waiting
+    scheduler.make_room(group, 48)  # four pages each, and there are six
+    assert [s.request.prompt_index for s in group.sequences] == [0]
+    assert scheduler.num_preemptions == 2 and scheduler.has_waiting
     group.sequences[0].finished = True
     scheduler.retire(group)
-    (back,) = scheduler.admit(group, 1).first
-    assert back is admitted[2] and back.num_cached == 0
+    back = scheduler.admit(group, 1).first
+    assert back == admitted[1:] and all(s.num_cached == 0 for s in back)

@@ -111,6 +111,11 @@ class Evaluator:
                 "data.max_prompt_tokens + evaluation.max_response_tokens",
                 student_only=True,
             )
+            engine.check_cache(
+                config.data.max_prompt_tokens + self.config.max_response_tokens,
+                with_teacher=False,
+                what="data.max_prompt_tokens + evaluation.max_response_tokens",
+            )
         self.sampling = Sampling(
             temperature=self.config.temperature,
             max_response_tokens=self.config.max_response_tokens,

@@ -179,7 +179,7 @@ class Scheduler:
             if not self._forget_a_prompt():
                 self._preempt(group)
         for sequence in group.sequences:
-            self.page_table.grow(sequence.slot, sequence.num_cached + num_new)
+            self.page_table.grow(sequence.slot, len(sequence) - 1 + num_new)
 
     def retire(self, group: SlotGroup) -> None:
         """After a round: release the pages of dropped drafts, and the slots of the finished."""
@@ -216,7 +216,7 @@ class Scheduler:
                 return False
 
     def _num_missing(self, sequences: Sequence[SequenceState], num_new: int) -> int:
-        return sum(self.page_table.num_missing(s.slot, s.num_cached + num_new) for s in sequences)
+        return sum(self.page_table.num_missing(s.slot, len(s) - 1 + num_new) for s in sequences)
 
     def _enter(self, sequence: SequenceState, admission: Admission) -> None:
         """Take a slot, and the pages of all tokens but the last."""

@@ -130,6 +130,12 @@ class Trainer:
         self.engine = RolloutEngine(
             self.models.student, self.models.teacher, layout, config.rollout
         )
+        if self.is_distilling:
+            self.engine.check_cache(
+                config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+                with_teacher=config.behavior.kl_budget > 0,
+                what="data.max_prompt_tokens + rollout.max_response_tokens",
+            )
         self.evaluator = Evaluator(config, self.models, self.engine, rewards, layout)
         self.timer = PhaseTimer()
         self.step = 0
