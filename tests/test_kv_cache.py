@@ -61,9 +61,10 @@ def test_ragged_batch_says_where_tokens_go() -> None:
     assert batch.positions_N.tolist() == [5, 0, 1, 0]
     assert batch.cache_index_N.tolist() == [2 * 4 + 1, 3 * 4, 3 * 4 + 1, 0]  # padding: page 0
     assert batch.kv_lengths_S.tolist() == [6, 2]
-    assert (batch.num_tokens, batch.max_kv_length) == (3, 6)
-    # It must not look uniform: S * max_query_length > N.
-    assert 2 * batch.max_query_length > 4
+    assert (batch.num_tokens, batch.max_query_length, batch.max_kv_length) == (3, 2, 6)
+    assert not batch.is_uniform
+    assert batch.cu_query_lengths.tolist() == [0, 1, 3]
+    assert batch.cu_kv_lengths.tolist() == [0, 6, 8]
 
 
 def test_uniform_batch_equals_the_ragged_one() -> None:
@@ -77,6 +78,7 @@ def test_uniform_batch_equals_the_ragged_one() -> None:
     for name in ("positions_N", "query_lengths_S", "kv_lengths_S", "block_table_SP"):
         assert torch.equal(getattr(ragged, name), getattr(uniform, name)), name
     assert torch.equal(ragged.cache_index_N, uniform.cache_index_N)
+    assert ragged.is_uniform and uniform.is_uniform
     assert ragged.num_tokens == uniform.num_tokens == 6
     assert ragged.max_query_length == uniform.max_query_length == 3
     assert uniform.max_kv_length >= ragged.max_kv_length

@@ -36,15 +36,6 @@ def test_equals_dense_causal_attention(new: tuple[int, ...]) -> None:
                 scores = k[:visible, group] @ query[row, 0, head] * 0.3
                 expected[row, 0, head] = scores.softmax(0) @ v[:visible, group]
             row += 1
-    found = paged_attention(
-        query,
-        keys,
-        values,
-        batch.query_lengths_S,
-        batch.kv_lengths_S,
-        batch.block_table_SP,
-        batch.max_query_length,
-        0.3,
-    )
+    found = paged_attention(query, keys, values, batch, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (found[sum(new) :] == 0).all()

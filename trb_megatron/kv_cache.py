@@ -6,19 +6,20 @@ grows, and which sequences that begin alike can share. Student and teacher use o
 sequence has the same tokens in both) and have a `PagedKVCache` each, since their depths and widths
 differ.
 
-Shapes: S sequences of a batch, N packed new tokens, P pages of a sequence, g key/value heads of
-this tensor-parallel rank, d head size.
+Shapes: S sequences of a batch, N packed new tokens, q new tokens of a sequence at most, P pages of
+a sequence, k = P * page_tokens cached positions, g key/value heads of this tensor-parallel rank, d
+head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -37,8 +38,8 @@ class RaggedBatch:
         block_table_SP: pages of each sequence.
         cache_index_N: page * page_tokens + offset at which each new token is stored.
         num_tokens: new tokens without padding; rows beyond are padding for sequence parallelism.
-        max_query_length, max_kv_length: at least the largest entries, as Python numbers; where
-            S * max_query_length <= N all sequences have `max_query_length` new tokens.
+        page_tokens: tokens of a page.
+        max_query_length, max_kv_length: the largest entry, and at least the largest, as numbers.
     """
 
     positions_N: Tensor
@@ -47,8 +48,39 @@ class RaggedBatch:
     block_table_SP: Tensor
     cache_index_N: Tensor
     num_tokens: int
+    page_tokens: int
     max_query_length: int
     max_kv_length: int
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all sequences have equally many new tokens."""
+        return self.query_lengths_S.numel() * self.max_query_length == self.num_tokens
+
+    @cached_property
+    def cu_query_lengths(self) -> Tensor:
+        """Cumulative new-token counts [S + 1], int32."""
+        return _cumulative(self.query_lengths_S)
+
+    @cached_property
+    def cu_kv_lengths(self) -> Tensor:
+        """Cumulative lengths [S + 1], int32."""
+        return _cumulative(self.kv_lengths_S)
+
+    @cached_property
+    def is_new_Sq(self) -> Tensor:
+        """Which of q places a sequence has a new token for."""
+        step_q = torch.arange(self.max_query_length, device=self.query_lengths_S.device)
+        return step_q < self.query_lengths_S[:, None]
+
+    @cached_property
+    def visible_S1qk(self) -> Tensor:
+        """Which cached positions a new token may attend to: its own and those before."""
+        num_positions = self.block_table_SP.shape[1] * self.page_tokens
+        position_k = torch.arange(num_positions, device=self.block_table_SP.device)
+        step_q = position_k[: self.max_query_length]
+        last_Sq = (self.kv_lengths_S - self.query_lengths_S)[:, None] + step_q
+        return (position_k <= last_Sq[..., None]).unsqueeze(1)
 
     @classmethod
     def uniform(
@@ -72,6 +104,7 @@ class RaggedBatch:
             block_table_SP=block_table_SP,
             cache_index_N=F.pad(cache_index_SG.flatten(), padding),
             num_tokens=positions_SG.numel(),
+            page_tokens=page_tokens,
             max_query_length=num_new,
             max_kv_length=block_table_SP.shape[1] * page_tokens,
         )
@@ -190,9 +223,6 @@ class PageTable:
         cache_index_N = page_N * self.page_tokens + positions_N % self.page_tokens
 
         padding = (0, -num_tokens % pad_to_multiple)
-        max_query = max(new_lengths)
-        if min(new_lengths) < max_query:
-            max_query = max(max_query, (num_tokens + padding[1]) // len(slots) + 1)
         return RaggedBatch(
             positions_N=F.pad(positions_N, padding).to(self.device),
             query_lengths_S=query_S.to(self.device),
@@ -200,7 +230,8 @@ class PageTable:
             block_table_SP=block_table_SP.to(self.device),
             cache_index_N=F.pad(cache_index_N, padding).to(self.device),
             num_tokens=num_tokens,
-            max_query_length=max_query,
+            page_tokens=self.page_tokens,
+            max_query_length=max(new_lengths),
             max_kv_length=max_kv,
         )
 
@@ -233,6 +264,7 @@ class PagedKVCache:
         self._page_tokens = page_table.page_tokens
         self.max_sequence_length = page_table.max_tokens
         self._batch: RaggedBatch | None = None
+        self._rotation: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def bytes_per_token(config: TransformerConfig, num_layers: int) -> int:
@@ -247,7 +279,7 @@ class PagedKVCache:
 
     @batch.setter
     def batch(self, batch: RaggedBatch) -> None:
-        self._batch = batch
+        self._batch, self._rotation = batch, None
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages, in all layers."""
@@ -277,10 +309,17 @@ class PagedKVCache:
         cp_group: Any,
         **_: Any,
     ) -> Tensor:
-        """Rotate [N, 1, heads, d] by each token's position; `rotary` is [max_tokens, 1, 1, d]."""
-        return apply_rotary_pos_emb(
-            query, rotary[self.batch.positions_N], config=config, cp_group=cp_group
-        )
+        """Rotate [N, 1, heads, d] by each token's position; `rotary` is [max_tokens, 1, 1, d].
+
+        The same as Megatron's `apply_rotary_pos_emb`, but the angles' cosines and sines are
+        computed once for all layers.
+        """
+        if self._rotation is None:
+            angles_N11d = rotary[self.batch.positions_N]
+            self._rotation = angles_N11d.cos().to(query.dtype), angles_N11d.sin().to(query.dtype)
+        cos_N11d, sin_N11d = self._rotation
+        first, second = query.chunk(2, dim=-1)
+        return query * cos_N11d + torch.cat((-second, first), dim=-1) * sin_N11d
 
     def apply_rotary_emb_key(
         self, key: Tensor, rotary: Tensor, config: TransformerConfig, cp_group: Any, **_: Any
@@ -294,20 +333,23 @@ class PagedKVCache:
         self._keys[layer - 1].index_copy_(0, index_N, key.squeeze(1))
         self._values[layer - 1].index_copy_(0, index_N, value.squeeze(1))
 
-    def key_value_cache(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The pools [pages, page_tokens, g, d] of a layer, and the block table."""
+    def key_value_cache(self, layer: int) -> tuple[Tensor, Tensor, RaggedBatch]:
+        """The pools [pages, page_tokens, g, d] of a layer, and the batch.
+
+        Megatron hands the third, in its own contexts a block table, to the attention unseen.
+        """
         paged = (-1, self._page_tokens)
         keys, values = self._keys[layer - 1], self._values[layer - 1]
-        return keys.unflatten(0, paged), values.unflatten(0, paged), self.batch.block_table_SP
+        return keys.unflatten(0, paged), values.unflatten(0, paged), self.batch
 
     def cu_query_lengths(self) -> tuple[Tensor, int]:
-        """Cumulative new-token counts [S + 1] and the largest count."""
-        return _cumulative(self.batch.query_lengths_S), self.batch.max_query_length
+        """Cumulative new-token counts [S + 1], int32, and the largest count."""
+        return self.batch.cu_query_lengths, self.batch.max_query_length
 
     def cu_kv_lengths(self) -> tuple[Tensor, Tensor, int]:
-        """Cumulative lengths [S + 1], lengths [S] and the largest length."""
-        kv_S = self.batch.kv_lengths_S
-        return _cumulative(kv_S), kv_S, self.batch.max_kv_length
+        """Cumulative lengths [S + 1] and lengths [S], int32, and the largest length."""
+        batch = self.batch
+        return batch.cu_kv_lengths, batch.kv_lengths_S.int(), batch.max_kv_length
 
 
 def _head_shape(config: TransformerConfig) -> tuple[int, int]:
@@ -316,4 +358,4 @@ def _head_shape(config: TransformerConfig) -> tuple[int, int]:
 
 
 def _cumulative(lengths_S: Tensor) -> Tensor:
-    return F.pad(lengths_S.cumsum(0), (1, 0))
+    return F.pad(lengths_S.cumsum(0), (1, 0)).int()

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.hf_checkpoint import CheckpointError, read_json
+from trb_megatron.kv_cache import RaggedBatch
 from trb_megatron.paged_attention import paged_attention
 from trb_megatron.param_mapping import FAMILIES, ModelShape, has_parameter
 
@@ -240,14 +241,12 @@ class PagedSelfAttention(SelfAttention):
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         seqlens_k: Tensor,
-        block_table: Tensor,
+        block_table: RaggedBatch,
         is_decode_only: bool,
         **_: Any,
     ) -> Tensor:
         scale = self.config.softmax_scale or self.hidden_size_per_attention_head**-0.5
-        return paged_attention(
-            q, k, v, cu_seqlens_q.diff(), seqlens_k, block_table, max_seqlen_q, scale
-        )
+        return paged_attention(q, k, v, block_table, scale)
 
 
 class HiddenStateGPTModel(GPTModel):

@@ -13,22 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trb_megatron.kv_cache import RaggedBatch
+
 
 def paged_attention(
-    query_N1hd: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_lengths_S: Tensor,
-    kv_lengths_S: Tensor,
-    block_table_SP: Tensor,
-    max_query_length: int,
-    softmax_scale: float,
+    query_N1hd: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch, softmax_scale: float
 ) -> Tensor:
     """Attend from packed new tokens to all that came before them, by a masked dense product.
 
     The i-th of m new tokens of a sequence of length l (new ones included) sees positions up to
-    l - m + i. Keys are gathered to [S, g, k, d]. Where all sequences have equally many new tokens,
-    S * max_query_length <= N, nothing is read back to the host.
+    l - m + i. Keys and values are gathered to [S, g, k, d]. Nothing is read back to the host when
+    the batch is uniform.
 
     Args:
         query_N1hd: packed queries; rows beyond the new tokens are padding.
@@ -37,34 +32,39 @@ def paged_attention(
     Returns:
         [N, 1, h, d]; zero for padding rows.
     """
-    num_sequences = len(query_lengths_S)
-    num_rows = num_sequences * max_query_length
-    is_uniform = num_rows <= len(query_N1hd)
-    step_q = torch.arange(max_query_length, device=query_N1hd.device)
-    if is_uniform:
-        query_Sqhd = query_N1hd[:num_rows].view(num_sequences, -1, *query_N1hd.shape[2:])
-    else:
-        is_new_Sq = step_q < query_lengths_S[:, None]
-        num_new = int(query_lengths_S.sum())
-        query_Sqhd = query_N1hd.new_zeros(num_sequences, max_query_length, *query_N1hd.shape[2:])
-        query_Sqhd[is_new_Sq] = query_N1hd[:num_new, 0]
-
-    keys_Sgkd = keys[block_table_SP].flatten(1, 2).transpose(1, 2)
-    values_Sgkd = values[block_table_SP].flatten(1, 2).transpose(1, 2)
-    last_visible_Sq = (kv_lengths_S - query_lengths_S)[:, None] + step_q
-    position_k = torch.arange(keys_Sgkd.shape[2], device=query_N1hd.device)
-    visible_S1qk = (position_k <= last_visible_Sq[..., None]).unsqueeze(1)
+    keys_Sgkd, values_Sgkd = _gather(keys, batch), _gather(values, batch)
     context_Sqhd = F.scaled_dot_product_attention(
-        query_Sqhd.transpose(1, 2),
+        _pad(query_N1hd, batch).transpose(1, 2),
         keys_Sgkd,
         values_Sgkd,
-        attn_mask=visible_S1qk,
+        attn_mask=batch.visible_S1qk,
         scale=softmax_scale,
-        enable_gqa=query_Sqhd.shape[2] != keys_Sgkd.shape[1],
+        enable_gqa=query_N1hd.shape[2] != keys_Sgkd.shape[1],
     ).transpose(1, 2)
-    if is_uniform:
-        context_N1hd = context_Sqhd.flatten(0, 1).unsqueeze(1)
-        return F.pad(context_N1hd, (0, 0, 0, 0, 0, 0, 0, len(query_N1hd) - num_rows))
-    context_N1hd = torch.zeros_like(query_N1hd)
-    context_N1hd[:num_new, 0] = context_Sqhd[is_new_Sq]
-    return context_N1hd
+    return _pack(context_Sqhd, len(query_N1hd), batch)
+
+
+def _gather(pool: Tensor, batch: RaggedBatch) -> Tensor:
+    """Pages of each sequence in a row, [S, g, k, d]."""
+    pages = pool.index_select(0, batch.block_table_SP.flatten())
+    return pages.view(len(batch.block_table_SP), -1, *pool.shape[2:]).transpose(1, 2)
+
+
+def _pad(query_N1hd: Tensor, batch: RaggedBatch) -> Tensor:
+    """Packed rows as [S, q, h, d]."""
+    new_N1hd = query_N1hd[: batch.num_tokens]
+    if batch.is_uniform:
+        return new_N1hd.view(-1, batch.max_query_length, *query_N1hd.shape[2:])
+    padded_Sqhd = query_N1hd.new_zeros(*batch.is_new_Sq.shape, *query_N1hd.shape[2:])
+    padded_Sqhd[batch.is_new_Sq] = new_N1hd[:, 0]
+    return padded_Sqhd
+
+
+def _pack(context_Sqhd: Tensor, num_rows: int, batch: RaggedBatch) -> Tensor:
+    """[S, q, h, d] as packed rows [N, 1, h, d]."""
+    packed_Nhd = context_Sqhd.flatten(0, 1) if batch.is_uniform else context_Sqhd[batch.is_new_Sq]
+    padding = num_rows - batch.num_tokens
+    if padding > 0:
+        padding_rows = packed_Nhd.new_zeros(padding, *packed_Nhd.shape[1:])
+        packed_Nhd = torch.cat([packed_Nhd, padding_rows])
+    return packed_Nhd.unsqueeze(1)
