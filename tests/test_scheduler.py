@@ -30,7 +30,7 @@ class Simulation:
         num_groups: int = 1,
     ) -> None:
         self.table = PageTable(num_slots, num_pages, max_tokens + num_new, PAGE_TOKENS, CPU)
-        self.scheduler = Scheduler(requests, self.table, num_groups)
+        self.scheduler = Scheduler(requests, range(len(requests)), self.table, num_groups)
         self.length, self.num_new = length, num_new
         self.num_rounds = self.num_prefilled = 0
         self.occupancy_while_waiting: list[float] = []
@@ -178,7 +178,7 @@ def test_long_responses_begin_early() -> None:
 
 def test_what_is_shared_needs_no_room() -> None:
     table = PageTable(2, 6, 96, PAGE_TOKENS, CPU)
-    scheduler = Scheduler(make_requests(1, 2, prompt_tokens=49), table, 1)
+    scheduler = Scheduler(make_requests(1, 2, prompt_tokens=49), (0, 0), table, 1)
     (group,) = scheduler.groups
     admission = scheduler.admit(group, 10)  # three pages in common, and one more for each
     assert len(admission.first) == len(admission.others) == 1
@@ -189,7 +189,7 @@ def test_what_is_shared_needs_no_room() -> None:
 
 def test_the_latest_gives_way_and_comes_back_first() -> None:
     table = PageTable(3, 6, 64, PAGE_TOKENS, CPU)
-    scheduler = Scheduler(make_requests(3, 1, prompt_tokens=17), table, 1)
+    scheduler = Scheduler(make_requests(3, 1, prompt_tokens=17), (0, 0, 0), table, 1)
     (group,) = scheduler.groups
     admitted = scheduler.admit(group, 1).first
     for sequence in admitted:

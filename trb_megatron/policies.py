@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trb_megatron.batch import TokenRecord
 from trb_megatron.blending import StopAlignment, align_stop_ids, draw_tokens, solve_behavior
-from trb_megatron.uniforms import Purpose, counter_uniforms
+from trb_megatron.uniforms import Purpose, keyed_uniforms
 from trb_megatron.vocab_parallel import (
     argmax,
     gather_at,
@@ -48,16 +48,14 @@ class Sampling:
 
 
 class Uniforms:
-    """The random numbers of one position of each of S sequences."""
+    """The random numbers at N positions of rollouts with the keys `key_N` (`uniforms`)."""
 
-    def __init__(
-        self, sampling: Sampling, prompt_S: Tensor, rollout_S: Tensor, position_S: Tensor
-    ) -> None:
-        self._key = (sampling.seed, sampling.step, prompt_S, rollout_S, position_S)
+    def __init__(self, key_N: Tensor, position_N: Tensor) -> None:
+        self._key_N, self._position_N = key_N, position_N
 
     def __getitem__(self, purpose: Purpose) -> Tensor:
-        """Uniforms in [0, 1) of shape [S], float64, for one purpose."""
-        return counter_uniforms(*self._key, purpose)
+        """Uniforms in [0, 1) of shape [N], float64, for one purpose."""
+        return keyed_uniforms(self._key_N, self._position_N, purpose)
 
 
 class Policy(Protocol):

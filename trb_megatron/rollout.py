@@ -48,6 +48,7 @@ from trb_megatron.models import HiddenStateGPTModel, token_multiple
 from trb_megatron.pipeline import Announcement, take_turns
 from trb_megatron.policies import Policy, Sampling, Uniforms
 from trb_megatron.scheduler import Admission, Request, Scheduler, SequenceState, SlotGroup
+from trb_megatron.uniforms import rollout_key
 
 _FREE_MEMORY_SHARE = 0.8
 """Of a GPU's free memory, the share that caches take where the configuration does not say."""
@@ -216,7 +217,10 @@ class _Run:
         self.layout = engine.layout
         self.device = engine.layout.device
         self.table = engine._page_table(requests, policy, sampling.max_response_tokens)
-        self.scheduler = Scheduler(requests, self.table, num_groups=engine.layout.pp_size)
+        indices_N2 = torch.tensor([(r.prompt_index, r.rollout_index) for r in requests])
+        keys_N = rollout_key(sampling.seed, sampling.step, *indices_N2.unbind(dim=1))
+        num_groups = engine.layout.pp_size
+        self.scheduler = Scheduler(requests, keys_N.tolist(), self.table, num_groups)
         self.student = CachedModel(engine.student, self.table, engine.layout)
         self.teacher = None
         if policy.needs_teacher:
@@ -427,19 +431,9 @@ class _RoundView:
 
     def __init__(self, sequences: Sequence[SequenceState], num_positions: int, run: _Run) -> None:
         self.shape = (len(sequences), num_positions)
-        rows = [
-            (
-                sequence.num_cached,
-                sequence.last_id,
-                sequence.request.prompt_index,
-                sequence.request.rollout_index,
-                len(sequence.response_ids),
-            )
-            for sequence in sequences
-        ]
-        columns_5S = torch.tensor(rows).T.contiguous().to(run.device, non_blocking=True)
-        self.past_S, self.last_S, *self._key = columns_5S.unbind()
-        self._sampling = run.sampling
+        rows = [(s.num_cached, s.last_id, s.key, len(s.response_ids)) for s in sequences]
+        columns_4S = torch.tensor(rows).T.contiguous().to(run.device, non_blocking=True)
+        self.past_S, self.last_S, self._key_S, self._position_S = columns_4S.unbind()
         self._token_multiple = run._token_multiple
         self._page_tokens = run.table.page_tokens
         longest = max(row[0] for row in rows) + num_positions
@@ -457,10 +451,10 @@ class _RoundView:
 
     def uniforms(self, first: int, count: int) -> Uniforms:
         """Of `count` positions of each sequence from the `first` of this round."""
-        prompt_N, rollout_N, position_N = (key_S.repeat_interleave(count) for key_S in self._key)
-        offset_N = torch.arange(first, first + count, device=position_N.device)
-        offset_N = offset_N.repeat(self.shape[0])
-        return Uniforms(self._sampling, prompt_N, rollout_N, position_N + offset_N)
+        offset_G = torch.arange(first, first + count, device=self._position_S.device)
+        position_SG = self._position_S[:, None] + offset_G
+        key_SG = self._key_S[:, None].expand_as(position_SG)
+        return Uniforms(key_SG.flatten(), position_SG.flatten())
 
 
 def _chunks(

@@ -41,6 +41,8 @@ class SequenceState:
 
     request: Request
     number: int
+    key: int
+    """Of its random numbers."""
     slot: int = -1
     num_cached: int = 0
     response_ids: list[int] = field(default_factory=list)
@@ -122,11 +124,21 @@ class Scheduler:
 
     Args:
         requests: at least one; each must fit into the pages when it is alone.
+        keys: of their random numbers (`uniforms.rollout_key`).
         num_groups: groups of slots that take turns, so that pipeline stages overlap.
     """
 
-    def __init__(self, requests: Sequence[Request], page_table: PageTable, num_groups: int) -> None:
-        self.sequences = [SequenceState(request, i) for i, request in enumerate(requests)]
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        keys: Sequence[int],
+        page_table: PageTable,
+        num_groups: int,
+    ) -> None:
+        self.sequences = [
+            SequenceState(request, number, key)
+            for number, (request, key) in enumerate(zip(requests, keys, strict=True))
+        ]
         self.page_table = page_table
         self.groups = [SlotGroup(-(-page_table.num_slots // num_groups)) for _ in range(num_groups)]
         self.num_preemptions = 0

@@ -35,12 +35,35 @@ def counter_uniforms(
     shape and device. Equal arguments give equal bits on every device, in any batch.
     Each argument is folded into the state by the finalizer of SplitMix64.
     """
-    counters = (seed, step, prompt_index, rollout_index, position, purpose)
+    key = rollout_key(seed, step, prompt_index, rollout_index)
+    return keyed_uniforms(key, position, purpose)
+
+
+def rollout_key(
+    seed: int | Tensor,
+    step: int | Tensor,
+    prompt_index: int | Tensor,
+    rollout_index: int | Tensor,
+) -> Tensor:
+    """What `counter_uniforms` makes of the arguments that all positions of a rollout share, int64.
+
+    Arguments broadcast together.
+    """
+    counters = (seed, step, prompt_index, rollout_index)
     device = next((c.device for c in counters if isinstance(c, Tensor)), None)
-    state = torch.zeros((), dtype=torch.int64, device=device)
+    return _fold(torch.zeros((), dtype=torch.int64, device=device), *counters)
+
+
+def keyed_uniforms(key: Tensor, position: int | Tensor, purpose: int | Tensor) -> Tensor:
+    """The uniforms of `counter_uniforms` at positions of rollouts with these keys."""
+    device = position.device if isinstance(position, Tensor) else key.device
+    return _shift_right(_fold(key.to(device), position, purpose), 11).double() * 2.0**-53
+
+
+def _fold(state: Tensor, *counters: int | Tensor) -> Tensor:
     for counter in counters:
         state = _finalize((state ^ counter) + _INCREMENT)
-    return _shift_right(state, 11).double() * 2.0**-53
+    return state
 
 
 def _finalize(state: Tensor) -> Tensor:
