@@ -149,11 +149,13 @@ class RolloutConfig(Section):
         | None
     ) = None
     max_sequences: Count = 256  # cache slots of one data-parallel rank
-    page_tokens: Count = 64  # tokens of one page of the key/value cache
+    # tokens of one page of the key/value cache; auto: 64, or the 256 that flash-attention 2 needs
+    page_tokens: Literal["auto"] | Count = "auto"
     # memory of the key/value caches on each rank; null: on a GPU most of what is free, on a CPU
     # as much as all slots can ever need
     cache_gb: Positive | None = None
     max_prefill_tokens: Count = 16384  # prompt tokens of one forward pass
+    cuda_graphs: Flag = True  # for the student's single-token steps, on GPUs with flash-attention
     # proposals of the student per teacher call; 0: token by token; auto: by measured costs
     draft_tokens: Literal["auto"] | CountFromZero = "auto"
     keep_teacher_hidden: Flag = True  # from rollouts to the loss, which then runs no teacher
@@ -523,6 +525,7 @@ _MAY_CHANGE = (
     "rollout.page_tokens",
     "rollout.cache_gb",
     "rollout.max_prefill_tokens",
+    "rollout.cuda_graphs",
     "rollout.draft_tokens",
     "checkpoint",
     "evaluation",

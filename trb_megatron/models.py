@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +268,10 @@ if not HAVE_TE:
 
 
 class PagedSelfAttention(SelfAttention):
-    """Megatron's self-attention whose inference kernel reads the paged cache."""
+    """Megatron's self-attention over the paged cache, on any device.
+
+    Where flash-attention can read the pages Megatron's own call of it is used.
+    """
 
     def flash_decode_and_prefill(
         self,
@@ -281,10 +285,35 @@ class PagedSelfAttention(SelfAttention):
         seqlens_k: Tensor,
         block_table: RaggedBatch,
         is_decode_only: bool,
-        **_: Any,
+        **versions: Any,
     ) -> Tensor:
-        scale = self.config.softmax_scale or self.hidden_size_per_attention_head**-0.5
-        return paged_attention(q, k, v, block_table, scale)
+        batch = block_table
+        if flash_attention_version(q.device, q.dtype) is None:
+            scale = self.config.softmax_scale or self.hidden_size_per_attention_head**-0.5
+            return paged_attention(q, k, v, batch, scale)
+        return super().flash_decode_and_prefill(
+            q,
+            k,
+            v,
+            max_seqlen_q,
+            max_seqlen_k,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            seqlens_k,
+            batch.block_table_SP.int(),
+            # The kernel for decoding wants one row for each sequence, without padding.
+            is_decode_only and len(q) == batch.num_tokens,
+            **versions,
+        )
+
+
+def flash_attention_version(device: torch.device, dtype: torch.dtype) -> int | None:
+    """The flash-attention that Megatron would read a paged cache with: 3, 2, or None."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if megatron_attention.HAVE_FA3:
+        return 3
+    return 2 if importlib.util.find_spec("flash_attn") is not None else None
 
 
 class HiddenStateGPTModel(GPTModel):

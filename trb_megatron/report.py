@@ -10,10 +10,14 @@ import torch
 import torch.distributed as dist
 
 from trb_megatron.distributed import ParallelLayout
+from trb_megatron.models import flash_attention_version
 
 
-def describe_environment(layout: ParallelLayout) -> list[str]:
-    """Lines on versions, optional accelerators of Megatron-Core, and the parallel layout."""
+def describe_environment(layout: ParallelLayout, dtype: torch.dtype) -> list[str]:
+    """Lines on versions, optional accelerators of Megatron-Core, and the parallel layout.
+
+    `dtype` is that of the models' activations.
+    """
     optional = {
         "Transformer Engine": _version_of("transformer-engine", "transformer_engine.pytorch"),
         "Apex": _version_of("apex", "apex.multi_tensor_apply"),
@@ -27,10 +31,12 @@ def describe_environment(layout: ParallelLayout) -> list[str]:
     device = "cpu"
     if layout.device.type == "cuda":
         device = torch.cuda.get_device_name(layout.device)
+    flash_attention = flash_attention_version(layout.device, dtype)
+    kernel = f"flash-attention {flash_attention}" if flash_attention else "masked SDPA"
     return [
         ", ".join(f"{name} {found}" for name, found in versions.items()),
         f"{dist.get_world_size()} ranks on {device}: TP {layout.tp_size} x PP {layout.pp_size} x "
-        f"DP {layout.dp_size}; rollout attention: masked SDPA over pages",
+        f"DP {layout.dp_size}; rollout attention: {kernel} over pages",
     ]
 
 

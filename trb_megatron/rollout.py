@@ -35,6 +35,7 @@ from torch import Tensor
 
 from trb_megatron.batch import Rollout, TokenRecord
 from trb_megatron.config import ConfigError, RolloutConfig
+from trb_megatron.decode_graphs import DecodeGraphs
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.drafting import (
     MAX_POSITIONS,
@@ -44,7 +45,7 @@ from trb_megatron.drafting import (
 )
 from trb_megatron.forward import CachedModel
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
-from trb_megatron.models import HiddenStateGPTModel, token_multiple
+from trb_megatron.models import HiddenStateGPTModel, flash_attention_version, token_multiple
 from trb_megatron.pipeline import Announcement, take_turns
 from trb_megatron.policies import Policy, Sampling, Uniforms
 from trb_megatron.scheduler import Admission, Request, Scheduler, SequenceState, SlotGroup
@@ -74,6 +75,7 @@ class RolloutEngine:
         self.teacher = teacher
         self.layout = layout
         self.config = config
+        self.page_tokens = _page_tokens(config, self._flash_attention)
         self.draft_costs: DraftCosts | None = None
         """What `draft_tokens: auto` decides by; measured by `measure_draft_costs`."""
         self.num_teacher_calls = 0
@@ -82,6 +84,16 @@ class RolloutEngine:
         """Tokens that were run without a token being sampled behind them, likewise."""
         self.num_preemptions = 0
         """Sequences that had to give their pages back, likewise."""
+
+    @property
+    def _flash_attention(self) -> int | None:
+        return flash_attention_version(self.layout.device, self.student.config.params_dtype)
+
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """Not with masked attention, which would read as many pages as the longest sequence has."""
+        can_record = self._flash_attention is not None and self.layout.pp_size == 1
+        return self.config.cuda_graphs and can_record
 
     def generate(
         self, requests: Sequence[Request], policy: Policy, sampling: Sampling
@@ -154,14 +166,14 @@ class RolloutEngine:
             num_slots,
             num_pages,
             max_tokens + MAX_POSITIONS,
-            self.config.page_tokens,
+            self.page_tokens,
             self.layout.device,
         )
 
     def _num_pages(self, num_tokens: int, num_slots: int, with_teacher: bool, what: str) -> int:
         """Pages of the pool, the same on all ranks of the replica: what is needed, or what fits."""
-        per_sequence = -(-(num_tokens + MAX_POSITIONS) // self.config.page_tokens)
-        page_bytes = self.config.page_tokens * sum(
+        per_sequence = -(-(num_tokens + MAX_POSITIONS) // self.page_tokens)
+        page_bytes = self.page_tokens * sum(
             PagedKVCache.bytes_per_token(model.config, len(model.decoder.layers))
             for model in (self.student, self.teacher if with_teacher else None)
             if model is not None
@@ -179,11 +191,22 @@ class RolloutEngine:
         if num_pages < per_sequence:
             raise ConfigError(
                 f"rollout.cache_gb: the key/value cache holds {max(0, num_pages)} pages of "
-                f"{self.config.page_tokens} tokens on each rank, but one sequence needs "
+                f"{self.page_tokens} tokens on each rank, but one sequence needs "
                 f"{per_sequence} ({num_tokens} tokens, {what}, and {MAX_POSITIONS} for drafts); "
                 f"give it at least {needed_gb:.3g} GB, or shorten the sequences"
             )
         return num_pages
+
+
+def _page_tokens(config: RolloutConfig, flash_attention: int | None) -> int:
+    if config.page_tokens == "auto":
+        return 256 if flash_attention == 2 else 64
+    if flash_attention == 2 and config.page_tokens % 256 != 0:
+        raise ConfigError(
+            f"rollout.page_tokens={config.page_tokens}: flash-attention 2 reads pages of 256 "
+            "tokens or a multiple; set it so, or to auto"
+        )
+    return config.page_tokens
 
 
 def _free_gpu_memory(device: torch.device) -> int:
@@ -226,6 +249,12 @@ class _Run:
         if policy.needs_teacher:
             assert engine.teacher is not None, "this policy needs a teacher"
             self.teacher = CachedModel(engine.teacher, self.table, engine.layout)
+        self.graphs: DecodeGraphs | None = None
+        if engine.uses_cuda_graphs:
+            max_pages = self.table.pages_for(self.table.max_tokens)
+            self.graphs = DecodeGraphs(
+                self.student, max_pages, engine.page_tokens, self._token_multiple
+            )
         self.records: list[tuple[list[int], dict[str, Tensor]]] = []
         self.num_accepted = self.num_scanned = 0
         self.num_positions = MAX_POSITIONS
@@ -328,13 +357,13 @@ class _Run:
         logits: list[Tensor] = []
         tokens: list[Tensor] = [view.last_S]
         for position in range(num_positions):
-            hidden_SH = self.student.forward(view.batch(position, 1), tokens[-1])
-            if hidden_SH is not None:
-                logits.append(self.student.project(hidden_SH))
+            logits_SU = self._run_student(view, position, tokens[-1])
+            if logits_SU is not None:
+                logits.append(logits_SU)
             if position == num_positions - 1:
                 break
             proposed_S = None
-            if hidden_SH is not None:
+            if logits_SU is not None:
                 proposed_S = self.policy.propose(logits[-1], view.uniforms(position, 1))
             announced = Announcement(proposed_S, (num_sequences,), self.layout)
             yield
@@ -343,6 +372,13 @@ class _Run:
             torch.stack(logits, dim=1) if logits else None,
             torch.stack(tokens, dim=1)[:, 1:],
         )
+
+    def _run_student(self, view: _RoundView, position: int, tokens_S: Tensor) -> Tensor | None:
+        """Logits [S, U] behind one token of each sequence, on the last stage."""
+        if self.graphs is not None:
+            return self.graphs(view.past_S + position, tokens_S, view.block_table_SP)
+        hidden_SH = self.student.forward(view.batch(position, 1), tokens_S)
+        return None if hidden_SH is None else self.student.project(hidden_SH)
 
     def _score(self, view: _RoundView, drafted_SG: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The teacher's logits [S * G, U] and hidden states at all positions, on the last stage."""
@@ -437,14 +473,14 @@ class _RoundView:
         self._token_multiple = run._token_multiple
         self._page_tokens = run.table.page_tokens
         longest = max(row[0] for row in rows) + num_positions
-        self._block_table_SP = run.table.block_table([s.slot for s in sequences], longest)
+        self.block_table_SP = run.table.block_table([s.slot for s in sequences], longest)
 
     def batch(self, first: int, count: int) -> RaggedBatch:
         """`count` new tokens of each sequence from the `first` of this round."""
         return RaggedBatch.uniform(
             self.past_S + first,
             count,
-            self._block_table_SP,
+            self.block_table_SP,
             self._page_tokens,
             self._token_multiple,
         )

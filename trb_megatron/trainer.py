@@ -95,7 +95,7 @@ class Trainer:
         self.rewards = rewards
         self.run_dir = config.run.dir
         self.is_distilling = config.training.task == "distill"
-        for line in describe_environment(layout):
+        for line in describe_environment(layout, DTYPES[config.training.precision]):
             say(line)
         for warning in config_warnings(config):
             say(f"warning: {warning}")

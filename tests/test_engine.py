@@ -1,0 +1,184 @@
+"""The rollout engine on one rank: memory, prompts in common, recorded steps, turns of groups."""
+
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+from tests.tiny import TOKENIZER_SIZE, make_checkpoint
+
+NUM_PROMPTS, PER_PROMPT, PROMPT_TOKENS, LENGTH = 6, 4, 21, 16
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("engine")
+    make_checkpoint(folder / "student", num_layers=2, scale=0.05)
+    make_checkpoint(folder / "teacher", seed=1, num_layers=3, scale=0.05)
+    return run_distributed(_run, 1, folder, timeout_s=300)[0]
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    from trb_megatron import distributed
+    from trb_megatron.config import ParallelConfig, RolloutConfig
+
+    layout = distributed.initialize(ParallelConfig())
+
+    from trb_megatron.blending import StopAlignment
+    from trb_megatron.hf_weights import load_hf_weights
+    from trb_megatron.models import build_model, read_hf_config
+    from trb_megatron.policies import BlendPolicy, Sampling
+    from trb_megatron.rollout import RolloutEngine
+    from trb_megatron.scheduler import Request
+
+    models = []
+    for name in ("student", "teacher"):
+        config = read_hf_config(folder / name)
+        model = build_model(config, layout, vocab_size=128, dtype=torch.float32)
+        load_hf_weights(model, config, layout)
+        models.append(model.eval().requires_grad_(False))
+    sampling = Sampling(1.0, LENGTH, (0,), seed=3, step=0, num_valid=TOKENIZER_SIZE)
+    alignment = StopAlignment((0,), (0,))
+    policy = BlendPolicy(sampling, 0.05, alignment, layout.tp_group)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(1, TOKENIZER_SIZE, (NUM_PROMPTS, PROMPT_TOKENS), generator=generator)
+    requests = [
+        Request(i, r, tuple(ids)) for i, ids in enumerate(prompts.tolist()) for r in range(4)
+    ]
+
+    def make_engine(**options: Any) -> RolloutEngine:
+        options = {"max_sequences": 8, "page_tokens": 8, "draft_tokens": 3, **options}
+        return RolloutEngine(*models, layout, RolloutConfig(**options))
+
+    def tokens(engine: RolloutEngine) -> list[tuple[int, ...]]:
+        return [r.response_ids for r in engine.generate(requests, policy, sampling)]
+
+    engine = make_engine()
+    found: dict[str, Any] = {"plain": tokens(engine), "prefilled": engine.num_prefilled_tokens}
+
+    chunked = make_engine(max_prefill_tokens=7)
+    found["chunked"] = tokens(chunked)
+
+    with mock.patch("trb_megatron.rollout.RolloutEngine.uses_cuda_graphs", True), _recording():
+        found["recorded"] = tokens(make_engine())
+
+    with _groups(2) as events:
+        found["two groups"] = tokens(make_engine())
+    found["events"] = events
+
+    try:
+        tokens(make_engine(cache_gb=2e-5))
+    except ValueError as error:
+        found["too small"] = str(error)
+
+    short = Sampling(1.0, 2, (0,), seed=3, step=0, num_valid=TOKENIZER_SIZE)
+    short_policy = BlendPolicy(short, 0.05, alignment, layout.tp_group)
+    many = make_engine(max_sequences=250)
+    found["peak memory"] = []
+    for part in range(10):
+        batch = [Request(1000 * part + i, 0, requests[i % 24].prompt_ids) for i in range(1000)]
+        many.generate(batch, short_policy, short)
+        found["peak memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return found
+
+
+def _recording() -> Any:
+    """CUDA graphs that need no GPU: the step runs again and its result goes where it was."""
+    from trb_megatron import decode_graphs
+
+    def record(
+        step: Callable[[], torch.Tensor],
+    ) -> tuple[Callable[[], None], torch.Tensor]:
+        result = step()
+        return lambda: result.copy_(step()), result
+
+    defaults = decode_graphs.DecodeGraphs.__init__.__defaults__
+    return mock.patch.object(
+        decode_graphs.DecodeGraphs.__init__, "__defaults__", (*defaults[:-1], record)
+    )
+
+
+class _groups:
+    """Serve with so many groups of slots, and note when tokens are announced and waited for."""
+
+    def __init__(self, num_groups: int) -> None:
+        self._num_groups = num_groups
+
+    def __enter__(self) -> list[str]:
+        from trb_megatron import rollout
+        from trb_megatron.pipeline import Announcement
+        from trb_megatron.scheduler import Scheduler
+
+        events: list[str] = []
+
+        class Noted(Announcement):
+            def __init__(self, *args: Any) -> None:
+                events.append("announce")
+                super().__init__(*args)
+
+            def wait(self) -> torch.Tensor:
+                events.append("wait")
+                return super().wait()
+
+        def make_scheduler(requests: Any, keys: Any, table: Any, num_groups: int) -> Scheduler:
+            return Scheduler(requests, keys, table, self._num_groups)
+
+        self._patches = [
+            mock.patch.object(rollout, "Announcement", Noted),
+            mock.patch.object(rollout, "Scheduler", make_scheduler),
+        ]
+        for patch in self._patches:
+            patch.start()
+        return events
+
+    def __exit__(self, *error: Any) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+
+@pytest.mark.parametrize("variant", ["chunked", "recorded", "two groups"])
+def test_same_tokens(results: dict[str, Any], variant: str) -> None:
+    assert len(set(results["plain"])) == NUM_PROMPTS * PER_PROMPT
+    assert results[variant] == results["plain"]
+
+
+def test_a_prompt_is_prefilled_once(results: dict[str, Any]) -> None:
+    assert results["prefilled"] == NUM_PROMPTS * (PROMPT_TOKENS - 1)
+
+
+def test_groups_take_turns(results: dict[str, Any]) -> None:
+    """Both groups have told their tokens to the other stages before the first one waits for its."""
+    assert results["events"][:6] == ["announce", "announce", "wait", "announce", "wait", "announce"]
+
+
+def test_a_cache_too_small_for_one_sequence_is_refused(results: dict[str, Any]) -> None:
+    message = results["too small"]
+    assert message.startswith("rollout.cache_gb")
+    # 21 + 16 tokens and 17 of drafts, in pages of 8: 7, and one for padding. A token takes 2 + 3
+    # layers x 2 x 2 heads x 8 x 4 bytes = 640 bytes.
+    assert "one sequence needs 7 " in message and "at least 4.1e-05 GB" in message
+
+
+def test_ten_thousand_rollouts_do_not_grow(results: dict[str, Any]) -> None:
+    peaks = results["peak memory"]
+    assert peaks[-1] - peaks[1] < 8 * MEGABYTE
+
+
+def _turns(name: str, log: list[str], count: int) -> Iterator[None]:
+    for i in range(count):
+        log.append(f"{name}{i}")
+        yield
+
+
+def test_tasks_of_different_lengths_take_turns() -> None:
+    from trb_megatron.pipeline import take_turns
+
+    log: list[str] = []
+    take_turns([_turns("a", log, 3), _turns("b", log, 1), _turns("c", log, 2)])
+    assert log == ["a0", "b0", "c0", "a1", "c1", "a2"]
