@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.linalg import vecdot
 
 from trb_megatron.vocab_parallel import (
     FLOAT32_MIN,
@@ -30,9 +29,11 @@ from trb_megatron.vocab_parallel import (
     all_gather,
     combine_softmax,
     gather_at,
+    gather_each_at,
     mask_invalid,
     raise_at_row,
     row_blocks,
+    row_dot,
     rows_per_block,
     sample_inverse_cdf,
     shard_softmax,
@@ -174,13 +175,13 @@ class _Point(NamedTuple):
         third = spread * (2 + self.coef * spread) * variance * (spread * size).exp()
         return step, third * size**3 / 6
 
-    def moved_by(self, step: Tensor) -> "_Point":
-        """The Taylor expansion at b + step, without the variance's."""
-        variance = self.variance
+    def moved_to(self, coef: Tensor) -> "_Point":
+        """The Taylor expansion at a b near by, without the variance's."""
+        step, variance = coef - self.coef, self.variance
         third = variance * self.growth
         slope, curvature = self.coef * variance, variance + self.coef * third
         return self._replace(
-            coef=self.coef + step,
+            coef=coef,
             kl=self.kl + step * (slope + step * curvature / 2),
             log_partition=self.log_partition
             + step * (self.mean + step * (variance / 2 + step * third / 6)),
@@ -229,26 +230,28 @@ class _FirstPartials(NamedTuple):
         """[15, N] float64."""
         student, teacher = shard_softmax(student_NU), shard_softmax(teacher_NU)
         ratio_NU = teacher.shifted_NU - student.shifted_NU
+        weighted_NU, scratch_NU = torch.empty_like(ratio_NU), teacher.shifted_NU
         least_N, most_N = ratio_NU.amin(dim=-1), ratio_NU.amax(dim=-1)
         # Centered on the shard's own means, the sums do not cancel where r hardly varies.
-        mean_N = _center(ratio_NU, student)
-        weighted_NU = student.exp_NU * ratio_NU
-        second_N = vecdot(weighted_NU, ratio_NU)
-        cross_N = vecdot(weighted_NU, student.shifted_NU)
-        third_N = vecdot(weighted_NU.mul_(ratio_NU), ratio_NU)
-        mean_t_N = mean_N + _center(ratio_NU, teacher)
+        mean_N = _center(ratio_NU, student, scratch_NU)
+        torch.mul(student.exp_NU, ratio_NU, out=weighted_NU)
+        cross_N = row_dot(weighted_NU, student.shifted_NU, scratch_NU)
+        second_N = weighted_NU.mul_(ratio_NU).sum(dim=-1)
+        third_N = row_dot(weighted_NU, ratio_NU, scratch_NU)
+        mean_t_N = mean_N + _center(ratio_NU, teacher, scratch_NU)
         torch.mul(teacher.exp_NU, ratio_NU, out=weighted_NU)
-        second_t_N = vecdot(weighted_NU, ratio_NU)
-        third_t_N = vecdot(weighted_NU.mul_(ratio_NU), ratio_NU)
+        second_t_N = weighted_NU.mul_(ratio_NU).sum(dim=-1)
+        third_t_N = row_dot(weighted_NU, ratio_NU, scratch_NU)
         moments = (mean_N, second_N, third_N, cross_N, mean_t_N, second_t_N, third_t_N)
         columns = torch.stack((*moments, least_N, most_N)).double()
         return torch.cat((student.partials_N3.T, teacher.partials_N3.T, columns))
 
 
-def _center(ratio_NU: Tensor, shard: ShardSoftmax) -> Tensor:
+def _center(ratio_NU: Tensor, shard: ShardSoftmax, scratch_NU: Tensor) -> Tensor:
     """Subtract the mean under a model from each row in place; return the mean."""
     # The sum is at least 1, or 0 in a shard without an existing id.
-    mean_N = vecdot(shard.exp_NU, ratio_NU) / shard.partials_N3[:, 1].clamp_min(1).float()
+    sum_N = shard.partials_N3[:, 1].clamp_min(1).float()
+    mean_N = row_dot(shard.exp_NU, ratio_NU, scratch_NU) / sum_N
     ratio_NU.sub_(mean_N[:, None])
     return mean_N
 
@@ -387,10 +390,11 @@ class _Block(NamedTuple):
 
     def _sums_fp32(self, coef_M1: Tensor) -> Tensor:
         x_MU = self.ratio_MU * coef_M1
-        expm1_MU = x_MU.expm1()
+        weight_MU = x_MU.expm1()
         # Sum(p r) = 0 up to rounding, and that rounding would show in the KL: leave it out.
-        excess_M = vecdot(self.exp_MU, torch.sub(expm1_MU, x_MU, out=x_MU))
-        moments = self._moments(expm1_MU.mul_(self.exp_MU))
+        torch.sub(weight_MU, x_MU, out=x_MU)
+        excess_M = x_MU.mul_(self.exp_MU).sum(dim=-1)
+        moments = self._moments(weight_MU.mul_(self.exp_MU), scratch_MU=x_MU)
         zeros_M = torch.zeros_like(excess_M)
         return torch.stack((excess_M, *moments, zeros_M, zeros_M)).double()
 
@@ -399,15 +403,16 @@ class _Block(NamedTuple):
         max_M = weight_MU.amax(dim=-1).clamp_min_(0)
         weight_MU.sub_(max_M[:, None]).exp_()
         sum_M = weight_MU.sum(dim=-1)
-        return torch.stack((sum_M, *self._moments(weight_MU), max_M, self.exp_MU.sum(dim=-1)))
+        moments = self._moments(weight_MU, scratch_MU=torch.empty_like(weight_MU))
+        return torch.stack((sum_M, *moments, max_M, self.exp_MU.sum(dim=-1)))
 
-    def _moments(self, weight_MU: Tensor) -> tuple[Tensor, ...]:
+    def _moments(self, weight_MU: Tensor, scratch_MU: Tensor) -> tuple[Tensor, ...]:
         """Sums of weight times r, r^2, r^3, log p, r log p; overwrites the weights."""
-        logp_M = vecdot(weight_MU, self.logp_MU)
+        logp_M = row_dot(weight_MU, self.logp_MU, scratch_MU)
         first_M = weight_MU.mul_(self.ratio_MU).sum(dim=-1)
-        cross_M = vecdot(weight_MU, self.logp_MU)
+        cross_M = row_dot(weight_MU, self.logp_MU, scratch_MU)
         second_M = weight_MU.mul_(self.ratio_MU).sum(dim=-1)
-        return first_M, second_M, vecdot(weight_MU, self.ratio_MU), logp_M, cross_M
+        return first_M, second_M, row_dot(weight_MU, self.ratio_MU, scratch_MU), logp_M, cross_M
 
 
 class _OpenRows(NamedTuple):
@@ -444,35 +449,35 @@ def _search(pair: _Pair, budget_N: Tensor, tp_group: dist.ProcessGroup | None) -
     slack_N = 2e-6 * (1 + pair.kl_teacher_student_N.abs())
     is_teacher_N = (pair.kl_teacher_student_N + slack_N <= budget_N) | (pair.max_ratio_N == 0)
     is_teacher_N &= budget_N > 0
-    low_FN, high_FN = torch.stack(pair.at_student), torch.stack(pair.at_teacher)
-    settled_FN = torch.where(is_teacher_N, high_FN, low_FN)
+    ends_FN2 = torch.stack((torch.stack(pair.at_student), torch.stack(pair.at_teacher)), dim=-1)
+    settled_FN = torch.where(is_teacher_N, ends_FN2[..., 1], ends_FN2[..., 0])
     is_open_N = ~is_teacher_N & (budget_N > 0)
     is_wide_N = pair.max_ratio_N > _FLOAT32_MAX_RATIO
     rows = _OpenRows(
         (is_open_N & ~is_wide_N).nonzero()[:, 0], (is_open_N & is_wide_N).nonzero()[:, 0]
     )
     rows_M = rows.all_M
-    low_FM, high_FM = low_FN[:, rows_M], high_FN[:, rows_M]
+    ends_FM2 = ends_FN2[:, rows_M]
     is_unclear_M = (pair.kl_teacher_student_N - slack_N <= budget_N)[rows_M]
     for round_index in range(_NUM_PREDICTED_ROUNDS + _NUM_GRID_ROUNDS):
         if len(rows_M) == 0:
             break
-        budget_M, max_ratio_M = budget_N[rows_M], pair.max_ratio_N[rows_M]
+        budget_M = budget_N[rows_M]
         target_M = budget_M * (1 - _RELATIVE_TOLERANCE)
-        candidates_MJ = _predict(_Point(*low_FM), _Point(*high_FM), target_M)
+        candidates_MJ = _predict(ends_FM2, target_M)
         if round_index < _NUM_PREDICTED_ROUNDS:
             candidates_MJ = candidates_MJ[:, :1]
         else:
-            candidates_MJ = torch.cat((candidates_MJ, _grid(low_FM[0], high_FM[0])), dim=-1)
-        candidates_MJ = _round_between(low_FM[0], high_FM[0], candidates_MJ)
+            candidates_MJ = torch.cat((candidates_MJ, _grid(ends_FM2[0])), dim=-1)
+        candidates_MJ = _round_between(ends_FM2[0], candidates_MJ)
         if round_index == 0:
             candidates_MJ = torch.where(is_unclear_M[:, None], 1.0, candidates_MJ)
-        found = _evaluate(rows, candidates_MJ, pair, tp_group)
-        low_FM, high_FM = _narrow(low_FM, high_FM, torch.stack(found), budget_M)
-        end_FM, is_settled_M = _finish(low_FM, high_FM, target_M, max_ratio_M)
-        settled_FN[:, rows_M] = end_FM
+        found_FMJ = torch.stack(_evaluate(rows, candidates_MJ, pair, tp_group))
+        ends_FM2 = _narrow(ends_FM2, found_FMJ, budget_M)
+        best_FM, is_settled_M = _finish(ends_FM2, target_M, pair.max_ratio_N[rows_M])
+        settled_FN[:, rows_M] = best_FM
         rows, kept_M = rows.keep(~is_settled_M)
-        rows_M, low_FM, high_FM = rows.all_M, low_FM[:, kept_M], high_FM[:, kept_M]
+        rows_M, ends_FM2 = rows.all_M, ends_FM2[:, kept_M]
     return _build_behavior(pair, _Point(*settled_FN))
 
 
@@ -516,39 +521,35 @@ def _evaluate(
     )
 
 
-def _narrow(
-    low_FM: Tensor, high_FM: Tensor, found_FMJ: Tensor, budget_M: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The largest b that keeps the budget and the smallest that does not, with their fields."""
-    points_FMJ = torch.cat((low_FM[..., None], found_FMJ, high_FM[..., None]), dim=-1)
+def _narrow(ends_FM2: Tensor, found_FMJ: Tensor, budget_M: Tensor) -> Tensor:
+    """The largest known b that keeps the budget and the smallest that does not, [F, M, 2]."""
+    points_FMJ = torch.cat((ends_FM2, found_FMJ), dim=-1)
     coef_MJ, kl_MJ = points_FMJ[0], points_FMJ[1]
     is_feasible_MJ = kl_MJ <= budget_M[:, None]
-    is_feasible_MJ[:, 0], is_feasible_MJ[:, -1] = True, False
+    # The KL of the path's own ends is not exact, but which side they are on is known.
+    is_feasible_MJ[:, 0], is_feasible_MJ[:, 1] = True, False
     low_M = torch.where(is_feasible_MJ, coef_MJ, -1.0).argmax(dim=-1)
     high_M = torch.where(is_feasible_MJ, 2.0, coef_MJ).argmin(dim=-1)
-    ends_FM2 = torch.stack((low_M, high_M), dim=-1).expand(len(points_FMJ), -1, -1)
-    low_FM, high_FM = points_FMJ.gather(-1, ends_FM2).unbind(dim=-1)
-    return low_FM, high_FM
+    index_M2 = torch.stack((low_M, high_M), dim=-1)
+    return points_FMJ.gather(-1, index_M2.expand(len(points_FMJ), -1, -1))
 
 
-def _finish(
-    low_FM: Tensor, high_FM: Tensor, target_M: Tensor, max_ratio_M: Tensor
-) -> tuple[Tensor, Tensor]:
+def _finish(ends_FM2: Tensor, target_M: Tensor, max_ratio_M: Tensor) -> tuple[Tensor, Tensor]:
     """The best feasible point, [F, M], and whether it is the solution, [M]."""
-    low, high = _Point(*low_FM), _Point(*high_FM)
-    _, error_low_M = low.step_to(target_M, max_ratio_M)
-    _, error_high_M = high.step_to(target_M, max_ratio_M)
+    step_M2, error_M2 = _Point(*ends_FM2).step_to(target_M[:, None], max_ratio_M[:, None])
+    coef_M2 = ends_FM2[0]
     # The ends of the path are not known well enough to start from them.
-    error_low_M = error_low_M.where(low.coef > 0, torch.inf).nan_to_num(nan=torch.inf)
-    error_high_M = error_high_M.where(high.coef < 1, torch.inf).nan_to_num(nan=torch.inf)
-    near = _Point(*torch.where(error_low_M <= error_high_M, low_FM, high_FM))
-    step_M, _ = near.step_to(target_M, max_ratio_M)
-    error_M = torch.minimum(error_low_M, error_high_M)
-    step_M = _round_down(near.coef + step_M) - near.coef
-    is_close_M = error_M <= _RELATIVE_TOLERANCE * target_M
-    end_FM = torch.where(is_close_M, torch.stack(near.moved_by(step_M)), low_FM)
-    is_narrow_M = high.coef - low.coef <= 1.2e-7 * high.coef
-    return end_FM, is_close_M | is_narrow_M | (low.coef == 1)
+    is_known_M2 = (coef_M2 > 0) & (coef_M2 < 1)
+    error_M2 = torch.where(is_known_M2, error_M2, torch.inf).nan_to_num_(torch.inf, torch.inf)
+    error_M1, near_M1 = error_M2.min(dim=-1, keepdim=True)
+    near_FM = ends_FM2.gather(-1, near_M1.expand(len(ends_FM2), -1, -1))[..., 0]
+    coef_M = _round_down(near_FM[0] + step_M2.gather(-1, near_M1)[:, 0])
+    moved_FM = torch.stack(_Point(*near_FM).moved_to(coef_M))
+    is_close_M = error_M1[:, 0] <= _RELATIVE_TOLERANCE * target_M
+    low_M, high_M = coef_M2.unbind(dim=-1)
+    # Neighbors in fp32, or the teacher.
+    is_stuck_M = (high_M - low_M <= 1.2e-7 * high_M) | (low_M == 1)
+    return torch.where(is_close_M, moved_FM, ends_FM2[..., 0]), is_close_M | is_stuck_M
 
 
 def _build_behavior(pair: _Pair, at: _Point) -> Behavior:
@@ -579,80 +580,79 @@ _WEIGHTS = (
     *(0.14371356079122594, 0.28135601514946206, 0.31182652297574126, 0.22310390108357075),
     0.04,
 )
-_NUM_NEWTON_STEPS = 4
+_NUM_NEWTON_STEPS = 2
 
 
-class _VariancePath(NamedTuple):
-    """log Var_mu r along a bracket as a cubic of u in [0, 1]; fields are [M, 1]."""
+class _KLPath:
+    """KL(mu||p) over u in [0, 1], which is b from low to high: the integral of b Var_mu r.
 
-    low_coef: Tensor
-    width: Tensor
-    cubic: tuple[Tensor, ...]
-    """Coefficients of u^0 to u^3."""
+    The logarithm of that variance is smooth: constant where r is normally distributed, linear
+    where rare ids take over. Here it is the cubic that has its values and slopes at both ends
+    (Hermite), or where `is_straight`, the line that has those of the low end.
+    """
 
-    @classmethod
-    def between(cls, low: _Point, high: _Point) -> "_VariancePath":
-        """The cubic that has the values and the slopes of both ends (Hermite)."""
+    def __init__(self, low: _Point, high: _Point) -> None:
         width_M = high.coef - low.coef
         rise_M = high.log_variance - low.log_variance
         slope_low_M, slope_high_M = low.growth * width_M, high.growth * width_M
-        bend_M = 3 * rise_M - 2 * slope_low_M - slope_high_M
-        twist_M = slope_low_M + slope_high_M - 2 * rise_M
-        cubic = (low.log_variance, slope_low_M, bend_M, twist_M)
-        return cls(low.coef[:, None], width_M[:, None], tuple(c[:, None] for c in cubic))
+        self.low_coef_M1, self.width_M1 = low.coef[:, None], width_M[:, None]
+        # With the width, because dKL/du = width * dKL/db.
+        self.value_M1 = (low.log_variance + width_M.log())[:, None]
+        self.slope_M1 = slope_low_M[:, None]
+        self.bend_M1 = (3 * rise_M - 2 * slope_low_M - slope_high_M)[:, None]
+        self.twist_M1 = (slope_low_M + slope_high_M - 2 * rise_M)[:, None]
+        self.nodes_5 = torch.tensor(_NODES, dtype=torch.float64, device=rise_M.device)
+        self.weights_5 = torch.tensor(_WEIGHTS, dtype=torch.float64, device=rise_M.device)
 
-    def straight_where(self, mask_M: Tensor) -> "_VariancePath":
-        """Keep value and slope of the low end only, in some rows."""
-        value, slope, bend, twist = self.cubic
-        keep_M1 = ~mask_M[:, None]
-        return self._replace(cubic=(value, slope, bend * keep_M1, twist * keep_M1))
+    def straighten(self, is_straight_M: Tensor) -> None:
+        self.bend_M1 = self.bend_M1.masked_fill(is_straight_M[:, None], 0.0)
+        self.twist_M1 = self.twist_M1.masked_fill(is_straight_M[:, None], 0.0)
 
-    def kl_between(self, start_M: Tensor, stop_M: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(stop) - KL(start), the integral of b * variance, and dKL/du at the stop; [M]."""
-        nodes = torch.tensor(_NODES, dtype=torch.float64, device=start_M.device)
-        weights = torch.tensor(_WEIGHTS, dtype=torch.float64, device=start_M.device)
-        u_M5 = start_M[:, None] + (stop_M - start_M)[:, None] * nodes
-        value, slope, bend, twist = self.cubic
-        log_variance_M5 = value + u_M5 * (slope + u_M5 * (bend + u_M5 * twist))
-        slopes_M5 = (self.low_coef + u_M5 * self.width) * log_variance_M5.clamp(-650, 600).exp()
-        slopes_M5 *= self.width
-        return (stop_M - start_M) * (slopes_M5 @ weights), slopes_M5[:, -1]
+    def change(self, start_M: Tensor, stop_M: Tensor) -> tuple[Tensor, Tensor]:
+        """KL at u = stop minus KL at u = start, and dKL/du at the stop, [M]."""
+        span_M = stop_M - start_M
+        u_M5 = torch.addcmul(start_M[:, None], span_M[:, None], self.nodes_5)
+        log_M5 = torch.addcmul(self.bend_M1, self.twist_M1, u_M5)
+        log_M5 = torch.addcmul(self.slope_M1, log_M5, u_M5)
+        log_M5 = torch.addcmul(self.value_M1, log_M5, u_M5)
+        slope_M5 = log_M5.clamp_(-600, 600).exp_()
+        slope_M5 *= torch.addcmul(self.low_coef_M1, self.width_M1, u_M5)
+        return span_M * (slope_M5 @ self.weights_5), slope_M5[:, -1]
 
 
-def _predict(low: _Point, high: _Point, target_M: Tensor) -> Tensor:
+def _predict(ends_FM2: Tensor, target_M: Tensor) -> Tensor:
     """Where in the bracket KL = target, judged by both ends: [M, 2], the better one first.
 
-    dKL/db = b Var_mu r, and the logarithm of that variance is smooth: constant for normally
-    distributed r, linear where rare ids take over. Its Hermite cubic is integrated and solved by
-    Newton. Where the cubic does not fit the KL of both ends, the blend goes from one set of
-    ids to another between them. There the first prediction follows the low end's straight line,
-    or, when that comes first, `_switch`, which is the second.
+    Newton along `_KLPath`. Where that does not have the KL of both ends, the blend goes from one
+    set of ids to another between them. There the first prediction follows the low end's straight
+    line, or, when that comes first, `_switch`, which is the second.
     """
-    path = _VariancePath.between(low, high)
+    low, high = (_Point(*end_FM) for end_FM in ends_FM2.unbind(dim=-1))
+    path = _KLPath(low, high)
     zeros_M = torch.zeros_like(target_M)
-    rise_M, _ = path.kl_between(zeros_M, zeros_M + 1)
+    rise_M, _ = path.change(zeros_M, zeros_M + 1)
     # Not a number: no fit.
     fits_M = (rise_M / (high.kl - low.kl)).log().abs() < 0.5
-    path = path.straight_where(~fits_M)
-    from_low_M = (2 * target_M.sqrt() < low.kl.sqrt() + high.kl.sqrt()) | ~fits_M
-    kl_M = torch.where(from_low_M, low.kl, high.kl)
-    coef_M = torch.where(from_low_M, low.coef, high.coef)
-    variance_M = torch.where(from_low_M, low.log_variance, high.log_variance).exp()
-    # As if the variance were constant.
-    start_M = (coef_M.square() + 2 * (target_M - kl_M) / variance_M).clamp_min(0).sqrt()
+    path.straighten(~fits_M)
+    # The path is followed from the end with the nearer KL.
+    from_high_M = fits_M & (2 * target_M.sqrt() > low.kl.sqrt() + high.kl.sqrt())
+    start_FM = torch.where(from_high_M, ends_FM2[..., 1], ends_FM2[..., 0])
+    start, start_u_M = _Point(*start_FM), from_high_M.double()
     width_M = high.coef - low.coef
-    u_M = ((start_M - low.coef) / width_M).clamp(0, 1)
-    anchor_M = torch.where(from_low_M, 0.0, 1.0).to(u_M)
+    # As if the variance were constant.
+    square_M = start.coef.square() + 2 * (target_M - start.kl) / start.variance
+    coef_M = square_M.clamp_min_(0).sqrt_()
     for _ in range(_NUM_NEWTON_STEPS):
-        change_M, slope_M = path.kl_between(anchor_M, u_M)
-        value_M = (kl_M + change_M).clamp_min(_LEAST_VARIANCE)
-        ratio_M = target_M / value_M
-        # Newton on sqrt(KL), almost linear near the student; on log KL where it is far too large.
-        step_M = torch.where(ratio_M < 0.25, -ratio_M.log(), 2 * (1 - ratio_M.sqrt()))
-        u_M = (u_M - step_M * value_M / slope_M).clamp(0, 1)
-    predicted_M, switch_M = low.coef + u_M * width_M, _switch(low, high, target_M)
-    is_switch_M = ~fits_M & (switch_M > low.coef) & (switch_M < predicted_M)
-    return torch.stack((torch.where(is_switch_M, switch_M, predicted_M), switch_M), dim=-1)
+        u_M = ((coef_M - low.coef) / width_M).nan_to_num_(nan=0.5).clamp_(0, 1)
+        coef_M = torch.addcmul(low.coef, u_M, width_M)
+        change_M, slope_M = path.change(start_u_M, u_M)
+        kl_M = (start.kl + change_M).clamp_min_(_LEAST_VARIANCE)
+        # Newton on log KL as a function of log b: a line near the student, where KL ~ b^2.
+        exponent_M = (target_M / kl_M).log_() * kl_M * width_M / (coef_M * slope_M)
+        coef_M = coef_M * exponent_M.clamp_(-600, 600).exp_()
+    switch_M = _switch(low, high, target_M)
+    is_switch_M = ~fits_M & (switch_M > low.coef) & (switch_M < coef_M)
+    return torch.stack((torch.where(is_switch_M, switch_M, coef_M), switch_M), dim=-1)
 
 
 def _switch(low: _Point, high: _Point, target_M: Tensor) -> Tensor:
@@ -671,23 +671,23 @@ def _switch(low: _Point, high: _Point, target_M: Tensor) -> Tensor:
     return coef_M + (share_M.logit(eps=1e-12) - log_odds_M) / gap_M
 
 
-def _grid(low_M: Tensor, high_M: Tensor) -> Tensor:
+def _grid(coef_M2: Tensor) -> Tensor:
     """Evenly spaced points of the bracket, [M, J]."""
-    fractions_J = torch.arange(1, _NUM_GRID_POINTS + 1, device=low_M.device).double()
-    return low_M[:, None] + (high_M - low_M)[:, None] * fractions_J / (_NUM_GRID_POINTS + 1)
+    fractions_J = torch.arange(1, _NUM_GRID_POINTS + 1, device=coef_M2.device).double()
+    return torch.lerp(coef_M2[:, :1], coef_M2[:, 1:], fractions_J / (_NUM_GRID_POINTS + 1))
 
 
-def _round_between(low_M: Tensor, high_M: Tensor, candidates_MJ: Tensor) -> Tensor:
-    """Round candidates to fp32 numbers inside (low, high); those outside become the middle.
+def _round_between(coef_M2: Tensor, candidates_MJ: Tensor) -> Tensor:
+    """Round candidates to fp32 numbers inside the bracket; those outside become its middle.
 
     The result is stated in fp32, so that is where the KL has to be known. A step that rounds to an
     end of the bracket becomes that end's neighbor.
     """
-    low_M1, high_M1 = low_M[:, None], high_M[:, None]
+    low_M1, high_M1 = coef_M2[:, :1], coef_M2[:, 1:]
     is_inside_MJ = (candidates_MJ > low_M1) & (candidates_MJ < high_M1)
     rounded_MJ = torch.where(is_inside_MJ, candidates_MJ, (low_M1 + high_M1) / 2).float()
-    above, below = torch.ones_like(low_M1.float()), torch.zeros_like(high_M1.float())
-    least_M1, most_M1 = low_M1.float().nextafter(above), high_M1.float().nextafter(below)
+    low_M1, high_M1 = low_M1.float(), high_M1.float()
+    least_M1, most_M1 = low_M1.nextafter(high_M1), high_M1.nextafter(low_M1)
     return rounded_MJ.clamp(least_M1, most_M1).double()
 
 
@@ -886,9 +886,8 @@ def draw_tokens(
     [0, 1)) and results replicated; not differentiable.
     """
     proposed_N = propose_tokens(student_logprobs_NU, u_draft_N, tp_group=tp_group)
-    student_N, behavior_N = (
-        gather_at(logprobs_NU, proposed_N, tp_group=tp_group)
-        for logprobs_NU in (student_logprobs_NU, behavior_logprobs_NU)
+    student_N, behavior_N = gather_each_at(
+        (student_logprobs_NU, behavior_logprobs_NU), proposed_N, tp_group=tp_group
     )
     accepted_N = accept_tokens(student_N, behavior_N, u_accept_N)
     token_ids_N = proposed_N.clone()
