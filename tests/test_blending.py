@@ -1,17 +1,23 @@
 """The behavior policy: solver against bisection, limits, stop ids, and the law of the draw."""
 
-from collections.abc import Callable
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.distributed import ShardWidthGuard, run_distributed, vocab_shard
 from tests.reference import blend_logprobs, dense_blend, kl
-from trb_megatron import blending
+from tests.test_golden import load
+from trb_megatron import blending, vocab_parallel
 from trb_megatron.blending import (
+    Behavior,
     Draw,
     StopAlignment,
     accept_tokens,
@@ -127,40 +133,308 @@ def test_rows_do_not_depend_on_their_batch() -> None:
         assert torch.equal(alone.logprobs(), behavior.logprobs()[row : row + 1])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_number_of_collectives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[torch.Size] = []
+@dataclasses.dataclass
+class Work:
+    """What calls of the solver cost: passes over the logits of each row, rows per collective."""
 
-    def count(partial: Tensor, tp_group: Any) -> Tensor:
-        shapes.append(partial.shape)
+    passes: list[Tensor] = dataclasses.field(default_factory=list)
+    rows_per_collective: list[int] = dataclasses.field(default_factory=list)
+
+    def solve(self, student_NV: Tensor, teacher_NV: Tensor, budget: float | Tensor) -> Behavior:
+        self.passes.append(torch.zeros(len(student_NV), dtype=torch.long))
+        self.rows_per_collective.clear()
+        behavior = solve_behavior(student_NV, teacher_NV, budget)
+        behavior.logprobs()
+        return behavior
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Work:
+    """Counts at the two functions that read logits, and at the collective.
+
+    `test_nothing_else_reads_the_logits` says that there are no others.
+    """
+    work = Work()
+    of_block, load = blending._FirstPartials.of_block, blending._Block.load
+
+    def count_first(student_NU: Tensor, teacher_NU: Tensor) -> Tensor:
+        width = student_NU.shape[-1]
+        start = student_NU.storage_offset() // width
+        work.passes[-1][start : start + len(student_NU)] += 1
+        return of_block(student_NU, teacher_NU)
+
+    def count_later(pair: Any, rows_M: Tensor, dtype: torch.dtype) -> Any:
+        work.passes[-1][rows_M] += 1
+        return load(pair, rows_M, dtype)
+
+    def count_collective(partial: Tensor, tp_group: Any) -> Tensor:
+        work.rows_per_collective.append(len(partial))
         return all_gather(partial, tp_group)
 
-    monkeypatch.setattr(blending, "all_gather", count)
+    monkeypatch.setattr(blending._FirstPartials, "of_block", count_first)
+    monkeypatch.setattr(blending._Block, "load", count_later)
+    monkeypatch.setattr(blending, "all_gather", count_collective)
+    return work
+
+
+class ReadCounter(TorchDispatchMode):
+    """Counts the operations that read each row of a contiguous tensor, views apart."""
+
+    def __init__(self, watched_NV: Tensor) -> None:
+        super().__init__()
+        self.watched_NV = watched_NV
+        self.reads_N = torch.zeros(len(watched_NV), dtype=torch.long)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs)):
+            if not self._is_watched(value) or self._is_watched(result):
+                continue
+            if func is torch.ops.aten.index_select.default:
+                self.reads_N[args[2]] += 1
+            else:
+                start = value.storage_offset() // self.watched_NV.shape[-1]
+                self.reads_N[start : start + len(value)] += 1
+        return result
+
+    def _is_watched(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and (
+            value.untyped_storage().data_ptr() == self.watched_NV.untyped_storage().data_ptr()
+        )
+
+
+@pytest.mark.parametrize("model", [0, 1])
+def test_nothing_else_reads_the_logits(model: int, work: Work) -> None:
+    logits = build_family("scale_30")
+    with ReadCounter(logits[model]) as counter:
+        work.passes.append(torch.zeros(16, dtype=torch.long))
+        solve_behavior(*logits, torch.tensor(BUDGETS))
+    # The first pass finds the maximum of a block before it subtracts it.
+    assert torch.equal(counter.reads_N, work.passes[0] + 1)
+
+
+def assert_solved(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor, coef_N: Tensor) -> None:
+    """The KL, recomputed in float64, is within the budget and 2e-5 of it, or b fp32's last one."""
+    logp_NV = student_NV.double().log_softmax(-1)
+    kl_N = kl(blend_logprobs(student_NV, teacher_NV, coef_N), logp_NV)
+    assert (kl_N <= budget_N + (1e-3 * budget_N).clamp_min(2e-9)).all()
+    next_N = coef_N.nextafter(torch.ones_like(coef_N))
+    kl_next_N = kl(blend_logprobs(student_NV, teacher_NV, next_N), logp_NV)
+    rounding_N = 3e-8 * (2 * budget_N).sqrt()
+    is_close_N = kl_N >= budget_N * (1 - 2e-5) - rounding_N
+    is_last_N = kl_next_N > budget_N * (1 - 2e-5)
+    assert (is_close_N | is_last_N | (coef_N == 1) | (budget_N == 0)).all()
+
+
+def test_random_cases_need_few_passes(work: Work) -> None:
+    generator = torch.Generator().manual_seed(5)
+    num_open = 0
+    for _ in range(300):
+        size = int(50 * 400 ** torch.rand((), generator=generator))
+        scale = (1, 3, 6)[int(torch.randint(3, (), generator=generator))]
+        student_NV, other_NV = (scale * torch.randn(10, size, generator=generator) for _ in "ab")
+        is_near = torch.rand((), generator=generator) < 0.5
+        teacher_NV = student_NV + other_NV / 2 if is_near else other_NV
+        budget_N = 1e-4 * 500 ** torch.rand(10, generator=generator, dtype=torch.float64)
+        coef_N = work.solve(student_NV, teacher_NV, budget_N).blend_coef
+        assert len(work.rows_per_collective) <= 8
+        assert_solved(student_NV, teacher_NV, budget_N, coef_N)
+        num_open += int((coef_N < 1).sum())
+    passes_N = torch.cat(work.passes)
+    assert num_open > 2900
+    assert passes_N.max() <= 5
+    assert passes_N.double().mean() < 2.2
+
+
+SPIKES = [8, 12, 16, 20, 30, 100]
+
+
+def build_spikes(height: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Models of which one or both are nearly deterministic."""
+    for scale in (1, 3):
+        student_NV, teacher_NV = build_pair(scale, scale, num_rows=16, size=700, seed=seed)
+        spiked_NV = add_spikes(student_NV, height, seed)
+        yield spiked_NV, teacher_NV
+        yield student_NV, add_spikes(teacher_NV, height, seed)
+        yield spiked_NV, add_spikes(teacher_NV, height, seed + 50)
+        yield spiked_NV, spiked_NV + teacher_NV
+
+
+@pytest.mark.parametrize("height", SPIKES)
+def test_nearly_deterministic_rows_need_at_most_eight_passes(height: float, work: Work) -> None:
+    budget_N = torch.tensor(BUDGETS, dtype=torch.float64)
+    for seed in range(3):
+        for student_NV, teacher_NV in build_spikes(height, seed):
+            coef_N = work.solve(student_NV, teacher_NV, budget_N).blend_coef
+            assert len(work.rows_per_collective) <= 8
+            assert_solved(student_NV, teacher_NV, budget_N, coef_N)
+    passes_N = torch.cat(work.passes)
+    assert passes_N.max() <= 8
+    assert passes_N.double().mean() < 4
+
+
+def test_golden_vectors_need_few_passes(work: Work) -> None:
+    cases, golden = load("blend")
+    for case in cases:
+        i, num_valid = case["case"], case["vocab"]
+        student_NV, teacher_NV = (
+            golden[f"{i}_{model}_logits"][:, :num_valid].float().contiguous()
+            for model in ("student", "teacher")
+        )
+        work.solve(student_NV, teacher_NV, golden[f"{i}_kl_budget"])
+        assert len(work.rows_per_collective) <= 8
+    passes_N = torch.cat(work.passes)
+    assert passes_N.max() <= 8
+    assert passes_N.double().mean() < 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_settled_rows_cost_nothing(name: str, work: Work) -> None:
     student_NV, teacher_NV = build_family(name)
-    solve_behavior(student_NV, teacher_NV, torch.tensor(BUDGETS)).logprobs()
-    assert len(shapes) <= 8
+    work.solve(student_NV, teacher_NV, torch.tensor(BUDGETS))
+    assert len(work.rows_per_collective) <= 8
+    assert work.passes[0].max() <= 8
     # Later rounds carry the rows that are not settled, and those only.
-    num_rows = [shape[0] for shape in shapes]
-    assert num_rows == sorted(num_rows, reverse=True)
-    shapes.clear()
-    settled_N = torch.tensor([0.0, 1e9] * 8)
-    solve_behavior(student_NV, teacher_NV, settled_N).logprobs()
-    assert len(shapes) == 1
+    open_rows = [int((work.passes[0] > i).sum()) for i in range(int(work.passes[0].max()))]
+    assert work.rows_per_collective == open_rows
+    work.solve(student_NV, teacher_NV, torch.tensor([0.0, 1e9] * 8))
+    assert work.rows_per_collective == [16]
+    assert (work.passes[1] == 1).all()
 
 
-def test_typical_rows_need_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds: list[int] = []
-    evaluate = blending._evaluate
+def dense_point(
+    student_NV: Tensor, teacher_NV: Tensor, coef_N: Tensor
+) -> tuple[blending._Point, Tensor]:
+    """The blend at b by definition, and max |r|; float64."""
+    logp_NV, logq_NV = (x.double().log_softmax(-1) for x in (student_NV, teacher_NV))
+    ratio_NV = logq_NV - logp_NV
+    ratio_NV = ratio_NV - (logp_NV.exp() * ratio_NV).sum(-1, keepdim=True)
+    logmu_NV = blend_logprobs(student_NV, teacher_NV, coef_N)
+    shifted_NV = student_NV.double() - student_NV.double().amax(-1, keepdim=True)
 
-    def count(shards: Any, candidates_MJ: Tensor, *rest: Any) -> Any:
-        rounds.append(len(candidates_MJ))
-        return evaluate(shards, candidates_MJ, *rest)
+    def mean(values_NV: Tensor) -> Tensor:
+        return (logmu_NV.exp() * values_NV).sum(-1)
 
-    monkeypatch.setattr(blending, "_evaluate", count)
-    for seed in range(20):
-        student_NV, noise_NV = build_pair(4, 1, num_rows=32, size=500, seed=seed)
-        solve_behavior(student_NV, student_NV + noise_NV, 0.01)
-    assert sum(rounds) / (20 * 32) < 3.5
+    first_N = mean(ratio_NV)
+    deviation_NV = ratio_NV - first_N[:, None]
+    variance_N = mean(deviation_NV**2)
+    point = blending._Point(
+        coef=coef_N.double(),
+        kl=kl(logmu_NV, logp_NV),
+        log_partition=(logp_NV + coef_N[:, None] * ratio_NV).logsumexp(-1),
+        mean=first_N,
+        log_variance=variance_N.log(),
+        growth=mean(deviation_NV**3) / variance_N,
+        mean_logp=mean(shifted_NV),
+        slope_logp=mean(deviation_NV * shifted_NV),
+    )
+    return point, ratio_NV.abs().amax(-1)
+
+
+@pytest.mark.parametrize("name", ["flat", "peaked", "scale_30", "two_spikes"])
+def test_moments_of_the_later_rounds(name: str) -> None:
+    student_NV, teacher_NV = build_family(name)
+    pair = blending._gather_pair(student_NV, teacher_NV, None)
+    is_wide_N = pair.max_ratio_N > blending._FLOAT32_MAX_RATIO
+    rows = blending._OpenRows((~is_wide_N).nonzero()[:, 0], is_wide_N.nonzero()[:, 0])
+    coef_M2 = torch.tensor([0.04, 0.3]).expand(16, 2).double()
+    found = blending._evaluate(rows, coef_M2, pair, None)
+    for j in range(2):
+        expected, _ = dense_point(student_NV[rows.all_M], teacher_NV[rows.all_M], coef_M2[:, j])
+        for key in blending._Point._fields:
+            scale = (getattr(expected, key).abs()).clamp_min(1).amax()
+            error = (getattr(found, key)[:, j] - getattr(expected, key)).abs().amax() / scale
+            assert error < 1e-5, key
+
+
+@pytest.mark.parametrize("name", ["flat", "peaked", "close", "two_spikes"])
+def test_last_step_keeps_its_bound(name: str) -> None:
+    student_NV, teacher_NV = build_family(name)
+    num_tight = 0
+    for coef in (0.05, 0.2, 0.6):
+        point, max_ratio_N = dense_point(student_NV, teacher_NV, torch.full((16,), coef))
+        for factor in (0.8, 0.97, 0.999, 1.001, 1.03, 1.3):
+            target_N = point.kl * factor
+            step_N, bound_N = point.step_to(target_N, max_ratio_N)
+            moved = point.moved_to(point.coef + step_N)
+            expected, _ = dense_point(student_NV, teacher_NV, point.coef + step_N)
+            is_bounded_N = bound_N < 0.01 * target_N
+            error_N = (expected.kl - moved.kl).abs()
+            rounding_N = 1e-9 * target_N + 1e-14
+            assert (error_N <= bound_N + rounding_N)[is_bounded_N].all()
+            num_tight += int((error_N > 1e-2 * bound_N)[is_bounded_N].sum())
+            # The other fields have no bound of their own; their slopes must be right.
+            for key in ("log_partition", "mean", "mean_logp"):
+                change_N = getattr(expected, key) - getattr(point, key)
+                missed_N = getattr(expected, key) - getattr(moved, key)
+                largest_N = torch.where(is_bounded_N, change_N.abs(), 0.0).amax()
+                assert (missed_N.abs() <= 0.2 * largest_N + 1e-12)[is_bounded_N].all(), key
+    assert name != "flat" or num_tight > 0
+
+
+def test_rows_in_blocks_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    student_NV, teacher_NV = build_family("peaked")
+    student_NV[3], teacher_NV[3] = (logits_NV[3] for logits_NV in build_family("scale_1000"))
+    budget_N = torch.tensor(BUDGETS)
+    expected = solve_behavior(student_NV, teacher_NV, budget_N)
+    expected_NV = expected.logprobs()
+    monkeypatch.setattr(vocab_parallel, "rows_per_block", lambda logits_NU: 3)
+    monkeypatch.setattr(blending, "rows_per_block", lambda logits_NU: 3)
+    behavior = solve_behavior(student_NV, teacher_NV, budget_N)
+    for key in ("blend_coef", "kl_student", "kl_teacher", "entropy"):
+        assert torch.equal(getattr(behavior, key), getattr(expected, key)), key
+    assert torch.equal(behavior.logprobs(), expected_NV)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of storage alive at one time of those that were made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.owners: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        known = {
+            value.untyped_storage().data_ptr()
+            for value in tree_leaves((args, kwargs))
+            if isinstance(value, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and not any(value is leaf for leaf in tree_leaves(args)):
+                storage = value.untyped_storage()
+                key = storage.data_ptr()
+                if key in known and key not in self.sizes:
+                    continue
+                self.sizes[key] = storage.nbytes()
+                self.owners[key] = self.owners.get(key, 0) + 1
+                weakref.finalize(value, self._release, key)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+    def _release(self, key: int) -> None:
+        self.owners[key] -= 1
+        if self.owners[key] == 0:
+            del self.owners[key], self.sizes[key]
+
+
+def test_memory_is_a_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (vocab_parallel, blending):
+        monkeypatch.setattr(module, "rows_per_block", lambda logits_NU: 2)
+    student_NV, teacher_NV = build_pair(3, 4, num_rows=64, size=8192)
+    with LiveBytes() as live:
+        behavior = solve_behavior(student_NV, teacher_NV, 0.01)
+    assert (behavior.blend_coef < 1).all()
+    assert 4 * 2 * 8192 * 3 < live.peak < 0.5 * student_NV.nbytes
+    with LiveBytes() as live:
+        behavior.logprobs()
+    assert live.peak < 1.5 * student_NV.nbytes
 
 
 def test_ids_that_do_not_exist_are_ignored() -> None:

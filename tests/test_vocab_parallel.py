@@ -39,6 +39,19 @@ def build_uniforms() -> Tensor:
     return uniforms_N
 
 
+def build_wide_weights() -> Tensor:
+    """Several chunks of columns per shard; some without mass, and rows with mass in one place."""
+    generator = torch.Generator().manual_seed(3)
+    weights_NV = torch.rand(NUM_ROWS, 1500, generator=generator).square()
+    weights_NV[:, 100:300] = 0
+    weights_NV[:, -200:] = 0
+    weights_NV[10:20] = 0
+    weights_NV[10:20, 7::150] = 1e-30
+    weights_NV[20, :] = 0
+    weights_NV[20, 1280] = 1
+    return weights_NV
+
+
 def measure(tp_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Everything on this rank's shard, gathered where it is sharded."""
     group = dist.group.WORLD if dist.is_initialized() else tp_group
@@ -56,6 +69,9 @@ def measure(tp_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
         "gathered_row": gather_at(shard_NU, ids_NK[:, 0], tp_group=group),
         "argmax": argmax(shard_NU, tp_group=group),
         "sampled": sample_inverse_cdf(weights_NU, build_uniforms(), tp_group=group),
+        "wide": sample_inverse_cdf(
+            vocab_shard(build_wide_weights(), group, fill=0), build_uniforms(), tp_group=group
+        ),
         "scaled": sample_inverse_cdf(weights_NU * 7, build_uniforms(), tp_group=group),
     }
 
@@ -107,6 +123,16 @@ def test_sampling_inverts_the_cdf(results: list[dict[str, Any]]) -> None:
     assert torch.equal(sampled_N, expected_N)
     assert sampled_N[3:5].tolist() == [NUM_VALID - 1, 90]
     assert torch.equal(sampled_N, results[0]["scaled"])
+
+
+def test_sampling_from_many_columns(results: list[dict[str, Any]]) -> None:
+    weights_NV = build_wide_weights().double()
+    cdf_NV = weights_NV.cumsum(-1)
+    target_N1 = build_uniforms()[:, None] * cdf_NV[:, -1:]
+    expected_N = torch.searchsorted(cdf_NV, target_N1, right=True)[:, 0]
+    expected_N[5] = 1299  # a uniform of 1 takes the last id with any mass
+    assert torch.equal(results[0]["wide"], expected_N)
+    assert (weights_NV.gather(-1, expected_N[:, None]) > 0).all()
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])

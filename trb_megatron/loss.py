@@ -237,9 +237,9 @@ def _sampled_logprobs(
         raise ValueError("this loss needs sampled_ids")
     size = vocab_size(distribution.logits_NU.shape[-1], tp_group)
     problem = "sampled_ids names an id that does not exist"
-    raise_at_row((sampled_ids_N < 0) | (sampled_ids_N >= size), problem)
+    raise_at_row({problem: (sampled_ids_N < 0) | (sampled_ids_N >= size)})
     logit_N = gather_at(distribution.logits_NU, sampled_ids_N, tp_group=tp_group).double()
-    raise_at_row(logit_N == -torch.inf, problem)
+    raise_at_row({problem: logit_N == -torch.inf})
     return logit_N - distribution.max_N - distribution.log_sum_N
 
 
@@ -322,9 +322,15 @@ def _normalize_pair(
     one_sided_N = ((student_NU == -torch.inf) != (teacher_NU == -torch.inf)).any(dim=-1)
     columns = (shards[0].partials_N3, shards[1].partials_N3, one_sided_N[:, None].double())
     partials_RN7 = all_gather(torch.cat(columns, dim=-1), tp_group)
-    student = combine_softmax(shards[0], partials_RN7[..., :3], "student")
-    teacher = combine_softmax(shards[1], partials_RN7[..., 3:6], "teacher")
-    raise_at_row(partials_RN7[..., 6].any(dim=0), "logits are -inf in one model only")
+    student = combine_softmax(student_NU, partials_RN7[..., :3])
+    teacher = combine_softmax(teacher_NU, partials_RN7[..., 3:6])
+    raise_at_row(
+        {
+            **student.problems("student"),
+            **teacher.problems("teacher"),
+            "logits are -inf in one model only": partials_RN7[..., 6].any(dim=0),
+        }
+    )
     return student, teacher
 
 

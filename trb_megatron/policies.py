@@ -21,6 +21,7 @@ from trb_megatron.uniforms import Purpose, keyed_uniforms
 from trb_megatron.vocab_parallel import (
     argmax,
     gather_at,
+    gather_each_at,
     log_softmax_NU,
     mask_invalid,
     sample_inverse_cdf,
@@ -160,23 +161,23 @@ class BlendPolicy:
             self.kl_budget,
             tp_group=self.tp_group,
         )
-        logprobs_3NU = torch.stack(
-            [behavior.student.logprobs(), behavior.teacher.logprobs(), behavior.logprobs()]
-        )
+        student_NU, behavior_NU = behavior.student.logprobs(), behavior.logprobs()
         drawn = draw_tokens(
-            logprobs_3NU[0],
-            logprobs_3NU[2],
+            student_NU,
+            behavior_NU,
             uniforms[Purpose.DRAFT],
             uniforms[Purpose.ACCEPT],
             uniforms[Purpose.RESIDUAL],
             tp_group=self.tp_group,
         )
-        student_N, teacher_N, behavior_N = gather_at(
-            logprobs_3NU.flatten(0, 1), drawn.token_ids.repeat(3), tp_group=self.tp_group
-        ).chunk(3)
+        student_N, teacher_N, behavior_N = gather_each_at(
+            (student_NU, behavior.teacher.logits_NU, behavior_NU),
+            drawn.token_ids,
+            tp_group=self.tp_group,
+        )
         record = TokenRecord(
             student_logprobs=student_N,
-            teacher_logprobs=teacher_N,
+            teacher_logprobs=behavior.teacher.normalize(teacher_N),
             behavior_logprobs=behavior_N,
             blend_coef=behavior.blend_coef,
             kl_student=behavior.kl_student,

@@ -9,6 +9,7 @@ Every sum over the vocabulary is an all-gather of per-rank partials, added in ra
 compute bit-identical numbers, hence take the same decisions. Nothing here is differentiable.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 FLOAT32_MIN = torch.finfo(torch.float32).min
+# Columns that sampling looks at one by one; of the others it needs sums of so many.
+_CHUNK_WIDTH = 128
 
 
 def vocab_range(local_width: int, tp_group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -29,6 +32,21 @@ def vocab_size(local_width: int, tp_group: dist.ProcessGroup | None) -> int:
     return local_width if tp_group is None else dist.get_world_size(tp_group) * local_width
 
 
+def rows_per_block(logits_NU: Tensor) -> int:
+    """Return how many rows to work on at a time, so that temporaries are small.
+
+    On a CPU a block fits into the cache, on a GPU it keeps the device busy.
+    """
+    elements = 2**18 if logits_NU.device.type == "cpu" else 2**23
+    return max(1, elements // logits_NU.shape[-1])
+
+
+def row_blocks(logits_NU: Tensor) -> list[slice]:
+    """Return the slices of all rows in blocks of `rows_per_block`; at least one."""
+    size = rows_per_block(logits_NU)
+    return [slice(start, start + size) for start in range(0, max(1, len(logits_NU)), size)]
+
+
 def all_gather(partial: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     """All-gather a tensor of the same shape on each rank of `tp_group`; [R, ...], replicated."""
     if tp_group is None:
@@ -37,6 +55,14 @@ def all_gather(partial: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     parts = [torch.empty_like(partial) for _ in range(dist.get_world_size(tp_group))]
     dist.all_gather(parts, partial, group=tp_group)
     return torch.stack(parts)
+
+
+def row_dot(left_NU: Tensor, right_NU: Tensor, scratch_NU: Tensor) -> Tensor:
+    """Return the sum over each row of left * right, [N]; `scratch_NU` is overwritten.
+
+    A fresh tensor per product would cost more time than the product, in page faults.
+    """
+    return torch.mul(left_NU, right_NU, out=scratch_NU).sum(dim=-1)
 
 
 def mask_invalid(
@@ -80,14 +106,25 @@ class Softmax:
         max_N1, log_sum_N1 = self.max_N[rows, None], self.log_sum_N[rows, None]
         return (self.logits_NU[rows].to(dtype) - max_N1.to(dtype)).sub_(log_sum_N1.to(dtype))
 
+    def normalize(self, logits_N: Tensor) -> Tensor:
+        """Return the log-probabilities, [N] fp32, of one logit per row."""
+        return logits_N - self.max_N.float() - self.log_sum_N.float()
+
+    def problems(self, name: str) -> dict[str, Tensor]:
+        """What `raise_at_row` is to say of unusable logits, and the rows, [N] bool."""
+        return {
+            f"{name} logits hold a NaN": self.max_N.isnan(),
+            f"{name} logits hold a +inf": self.max_N == torch.inf,
+            f"{name} logits hold no id: all are -inf": self.max_N == FLOAT32_MIN,
+        }
+
 
 @dataclass(frozen=True)
 class ShardSoftmax:
     """One rank's share of a `Softmax`, before the gather."""
 
-    logits_NU: Tensor
     shifted_NU: Tensor
-    """[N, U] logits minus the shard's own maximum."""
+    """[N, U] logits minus the shard's own maximum; finite: FLOAT32_MIN at ids that do not exist."""
     exp_NU: Tensor
     """[N, U] exp(shifted)."""
     partials_N3: Tensor
@@ -98,46 +135,52 @@ def shard_softmax(logits_NU: Tensor) -> ShardSoftmax:
     """Return this shard's share of the softmax of fp32 logits; no communication."""
     # A finite stand-in keeps a shard without any existing id out of -inf - (-inf) = NaN.
     max_N = logits_NU.amax(dim=-1).clamp_min(FLOAT32_MIN)
-    shifted_NU = logits_NU - max_N[:, None]
+    shifted_NU = (logits_NU - max_N[:, None]).clamp_min_(FLOAT32_MIN)
     exp_NU = shifted_NU.exp()
-    weighted_NU = shifted_NU.clamp_min(FLOAT32_MIN).mul_(exp_NU)
-    partials_N3 = torch.stack((max_N, exp_NU.sum(dim=-1), weighted_NU.sum(dim=-1)), dim=-1)
-    return ShardSoftmax(logits_NU, shifted_NU, exp_NU, partials_N3.double())
+    weighted_N = row_dot(exp_NU, shifted_NU, torch.empty_like(exp_NU))
+    partials_N3 = torch.stack((max_N, exp_NU.sum(dim=-1), weighted_N), dim=-1)
+    return ShardSoftmax(shifted_NU, exp_NU, partials_N3.double())
 
 
-def combine_softmax(shard: ShardSoftmax, partials_RN3: Tensor, name: str) -> Softmax:
-    """Return the softmax over all shards from every rank's gathered partials.
+def combine_softmax(logits_NU: Tensor, partials_RN3: Tensor) -> Softmax:
+    """Return the softmax of a shard's logits over all shards, from every rank's gathered partials.
 
-    Raises ValueError, on all ranks alike, naming `name` and the row that holds a NaN, a +inf or no
-    existing id at all.
+    Ask the result for `problems` before using it.
     """
     max_RN, sum_RN, weighted_RN = partials_RN3.unbind(dim=-1)
     max_N = max_RN.amax(dim=0)
-    raise_at_row(max_N.isnan(), f"{name} logits hold a NaN")
-    raise_at_row(max_N == torch.inf, f"{name} logits hold a +inf")
-    raise_at_row(max_N == FLOAT32_MIN, f"{name} logits hold no id: all are -inf")
     offset_RN = max_RN - max_N
     scale_RN = offset_RN.exp()
     sum_N = (scale_RN * sum_RN).sum(dim=0)
     weighted_N = (scale_RN * (weighted_RN + sum_RN * offset_RN)).sum(dim=0)
     log_sum_N = sum_N.log()
-    return Softmax(shard.logits_NU, max_N, log_sum_N, log_sum_N - weighted_N / sum_N)
+    return Softmax(logits_NU, max_N, log_sum_N, log_sum_N - weighted_N / sum_N)
 
 
-def raise_at_row(bad_N: Tensor, problem: str) -> None:
-    """Raise ValueError with `problem` and the first row where `bad_N` is true, if there is one."""
-    if bad_N.any():
-        raise ValueError(f"{problem} in row {int(bad_N.nonzero()[0, 0])}")
+def raise_at_row(problems: dict[str, Tensor]) -> None:
+    """Raise ValueError with the first problem that a row has and the first such row.
+
+    `problems` maps messages to booleans [N]. The host waits for the device once.
+    """
+    if torch.stack(tuple(problems.values())).any():
+        for problem, bad_N in problems.items():
+            if bad_N.any():
+                raise ValueError(f"{problem} in row {int(bad_N.nonzero()[0, 0])}")
 
 
 def softmax(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Softmax:
     """Normalize sharded logits, after an upcast to fp32.
 
-    One all-gather over `tp_group`; logits sharded, normalizers replicated. Raises ValueError like
-    `combine_softmax`.
+    One all-gather over `tp_group`; logits sharded, normalizers replicated. Raises ValueError, on
+    all ranks alike, for a row that holds a NaN, a +inf or no existing id at all.
     """
-    shard = shard_softmax(logits_NU.float())
-    return combine_softmax(shard, all_gather(shard.partials_N3, tp_group), "the")
+    logits_NU = logits_NU.float()
+    partials_N3 = torch.cat(
+        [shard_softmax(logits_NU[rows]).partials_N3 for rows in row_blocks(logits_NU)]
+    )
+    normalized = combine_softmax(logits_NU, all_gather(partials_N3, tp_group))
+    raise_at_row(normalized.problems("the"))
+    return normalized
 
 
 def log_softmax_NU(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Tensor:
@@ -163,13 +206,20 @@ def gather_at(values_NU: Tensor, ids: Tensor, *, tp_group: dist.ProcessGroup | N
 
     One all-gather over `tp_group`; values sharded, ids and result replicated.
     """
-    width = values_NU.shape[-1]
+    return gather_each_at((values_NU,), ids, tp_group=tp_group)[0]
+
+
+def gather_each_at(
+    tensors_NU: Sequence[Tensor], ids: Tensor, *, tp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, ...]:
+    """Return what `gather_at` returns for each of several tensors, in one all-gather."""
+    width = tensors_NU[0].shape[-1]
     start, _ = vocab_range(width, tp_group)
     ids_NK = ids.reshape(len(ids), -1)
     local_NK = (ids_NK - start).clamp(0, width - 1)
-    values_RNK = all_gather(values_NU.gather(-1, local_NK), tp_group)
-    owner_NK = ids_NK // width
-    return values_RNK.gather(0, owner_NK[None])[0].reshape(ids.shape)
+    values_RINK = all_gather(torch.stack([x.gather(-1, local_NK) for x in tensors_NU]), tp_group)
+    owner_INK = (ids_NK // width).expand_as(values_RINK[0])
+    return values_RINK.gather(0, owner_INK[None])[0].reshape(-1, *ids.shape).unbind(dim=0)
 
 
 def argmax(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Tensor:
@@ -202,7 +252,7 @@ def topk(logits_NU: Tensor, k: int, *, tp_group: dist.ProcessGroup | None) -> tu
     candidates_NK2 = candidates_RNK2.transpose(0, 1).flatten(1, 2)
     values_NK, order_NK = candidates_NK2[..., 0].sort(dim=-1, descending=True, stable=True)
     values_NK, order_NK = values_NK[:, :k], order_NK[:, :k]
-    raise_at_row(values_NK[:, -1] == -torch.inf, f"top_k={k} exceeds the number of valid ids")
+    raise_at_row({f"top_k={k} exceeds the number of valid ids": values_NK[:, -1] == -torch.inf})
     return values_NK, candidates_NK2[..., 1].gather(-1, order_NK).long()
 
 
@@ -233,32 +283,49 @@ def sample_inverse_cdf(
     Weights are nonnegative and need not be normalized; uniforms are in [0, 1). An id of weight
     zero is never returned. Two all-gathers over `tp_group` (shard sums, then the owner's id);
     weights sharded, uniforms and result ([N] int64) replicated; accumulates in float64. Raises
-    ValueError, on all ranks alike, for a row whose total is not positive and finite.
+    ValueError, on all ranks alike, for a row whose total is not positive and finite; for that the
+    host waits for the device, once.
     """
+    # The rank, the chunk, the column: a sum over all columns is cheap, a cumulative sum is not.
+    mass_NC = _chunk_sums(weights_NU)
+    mass_NR = all_gather(mass_NC.sum(dim=-1), tp_group).T
+    total_N = mass_NR.sum(dim=-1)
+    raise_at_row({"sampling weights have no finite sum": ~((total_N > 0) & (total_N < torch.inf))})
+    owner_N, rest_N = _locate(mass_NR, uniforms_N.double() * total_N)
+    # Every rank looks, the owner's find counts: that is cheaper than to know which rows are here.
+    chunk_N, rest_N = _locate(mass_NC, rest_N)
+    column_N, _ = _locate(_chunk_columns(weights_NU, chunk_N), rest_N)
     start, _ = vocab_range(weights_NU.shape[-1], tp_group)
-    sum_RN = all_gather(weights_NU.sum(dim=-1, dtype=torch.float64), tp_group)
-    upper_RN = sum_RN.cumsum(dim=0)
-    total_N = upper_RN[-1]
-    raise_at_row(~((total_N > 0) & (total_N < torch.inf)), "sampling weights have no finite sum")
-    target_N = uniforms_N.double() * total_N
-    # A uniform rounded up to 1 belongs to the last shard, and there to the last id, with any mass.
-    owner_N = torch.minimum((upper_RN <= target_N).sum(dim=0), _last_true((sum_RN > 0).T))
-    lower_N = upper_RN.gather(0, owner_N[None])[0] - sum_RN.gather(0, owner_N[None])[0]
-    rank = 0 if tp_group is None else dist.get_rank(tp_group)
-    (mine_M,) = (owner_N == rank).nonzero(as_tuple=True)
-    ids_N = torch.zeros_like(owner_N)
-    ids_N[mine_M] = start + _find_column(weights_NU[mine_M], (target_N - lower_N)[mine_M])
+    ids_N = start + chunk_N * _CHUNK_WIDTH + column_N
     return all_gather(ids_N, tp_group).gather(0, owner_N[None])[0]
 
 
-def _find_column(weights_MU: Tensor, target_M: Tensor) -> Tensor:
-    cumulative_MU = weights_MU.cumsum(dim=-1, dtype=torch.float64)
-    # A parallel cumulative sum can rise by rounding at a weight of zero.
-    positive_MU = weights_MU > 0
-    beyond_MU = (cumulative_MU > target_M[:, None]) & positive_MU
-    first_M = beyond_MU.byte().argmax(dim=-1)
-    return torch.where(beyond_MU.any(dim=-1), first_M, _last_true(positive_MU))
+def _chunk_sums(weights_NU: Tensor) -> Tensor:
+    """[N, C] float64 sums over chunks of _CHUNK_WIDTH columns; the last may be narrower."""
+    whole = weights_NU.shape[-1] // _CHUNK_WIDTH * _CHUNK_WIDTH
+    parts = (weights_NU[:, :whole].unflatten(-1, (-1, _CHUNK_WIDTH)), weights_NU[:, None, whole:])
+    return torch.cat([part.sum(dim=-1, dtype=torch.float64) for part in parts], dim=-1)
 
 
-def _last_true(mask_MU: Tensor) -> Tensor:
-    return mask_MU.shape[-1] - 1 - mask_MU.flip(-1).byte().argmax(dim=-1)
+def _chunk_columns(weights_NU: Tensor, chunk_N: Tensor) -> Tensor:
+    """One chunk of each row, [N, _CHUNK_WIDTH] float64, with zeros beyond the last column."""
+    offsets = torch.arange(_CHUNK_WIDTH, device=weights_NU.device)
+    column_NW = chunk_N[:, None] * _CHUNK_WIDTH + offsets
+    width = weights_NU.shape[-1]
+    return weights_NU.gather(-1, column_NW.clamp_max(width - 1)) * (column_NW < width).double()
+
+
+def _locate(mass_NC: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place whose cumulative mass exceeds the target, and what of the target is left.
+
+    A place without mass is never found: a target at the total or above belongs to the last with
+    any. Masses are float64.
+    """
+    cumulative_NC = mass_NC.cumsum(dim=-1)
+    # A parallel cumulative sum can rise by rounding at a mass of zero.
+    has_mass_NC = mass_NC > 0
+    is_beyond_NC = (cumulative_NC > target_N[:, None]) & has_mass_NC
+    last_N = mass_NC.shape[-1] - 1 - has_mass_NC.flip(-1).byte().argmax(dim=-1)
+    place_N = torch.where(is_beyond_NC.any(dim=-1), is_beyond_NC.byte().argmax(dim=-1), last_N)
+    before_NC = cumulative_NC - mass_NC
+    return place_N, target_N - before_NC.gather(-1, place_N[:, None])[:, 0]
