@@ -175,7 +175,7 @@ def _responses_of_a_step(config_file: Path) -> dict[int, list[tuple[int, ...]]]:
         config_file, (f"run.dir={config_file.parent}/repeats", "training.prompts_per_step=30")
     )
     found: dict[int, list[tuple[int, ...]]] = {}
-    for rollout in trainer._rollout(trainer._next_prompts(), 0.0):
+    for rollout in trainer._rollout(trainer._next_prompts(), trainer._policy()):
         found.setdefault(rollout.prompt_index, []).append(rollout.response_ids)
     return found
 
@@ -253,7 +253,11 @@ def test_impossible_runs_are_refused_before_anything_is_written(config_file: Pat
         (f"student.path={unending}",): r"no eos_token_id in .*unending",
         (f"data.path={broken}",): r"broken\.jsonl:2",
         ("teacher.path=/nowhere",): r"/nowhere: no such model folder",
-        ("loss.top_k=55",): r"loss\.top_k=55 exceeds the vocabulary of 54 ids",
+        ("loss.top_k=54",): r"loss\.top_k=54 exceeds the vocabulary of 53 ids, stop ids merged",
+        (
+            "behavior.policy=skd",
+            "behavior.skd_top_k=54",
+        ): r"behavior\.skd_top_k=54 exceeds the vocabulary of 53 ids",
         (
             "rollout.max_response_tokens=100",
         ): r"max_response_tokens = 148 exceeds the 128 positions",

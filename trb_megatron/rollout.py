@@ -223,7 +223,9 @@ class _Run:
         if self.fixed_num_positions is not None:
             return self.fixed_num_positions
         assert self.engine.draft_costs is not None, "draft_tokens=auto needs measured costs"
-        acceptance = estimate_acceptance(self.policy.kl_budget, self.num_accepted, self.num_scanned)
+        acceptance = estimate_acceptance(
+            self.policy.least_acceptance, self.num_accepted, self.num_scanned
+        )
         return choose_num_positions(self.engine.draft_costs, acceptance, num_sequences)
 
     def admit(self) -> list[_Sequence]:
