@@ -175,6 +175,22 @@ def test_least_acceptance() -> None:
     assert all(policy.least_acceptance == 0.0 for policy in build_policies(None))
 
 
+@pytest.mark.parametrize("kl_budget", [0.001, 0.005, 0.01, 0.02, 0.05, 0.5])
+def test_acceptance_of_the_worst_models_meets_the_bound(kl_budget: float) -> None:
+    """Where the teacher favors half of the student's mass, Pinsker's inequality is almost tight."""
+    sampling = Sampling(1.0, 8, (0,), seed=0, step=0, num_valid=20)
+    policy = BlendPolicy(sampling, kl_budget, StopAlignment((0,), (0,)))
+    rows = torch.arange(40_000)
+    uniforms = Uniforms(sampling, rows, torch.zeros_like(rows), torch.zeros_like(rows))
+    student_NU = torch.zeros(len(rows), 20)
+    teacher_NU = student_NU + 9.0 * (torch.arange(20) % 2)
+    _, record = policy.draw(student_NU, teacher_NU, uniforms)
+    acceptance = float(record.accepted.double().mean())
+    error = (acceptance * (1 - acceptance) / len(rows)) ** 0.5
+    assert policy.least_acceptance - 3 * error < acceptance
+    assert acceptance < policy.least_acceptance + 0.15 * kl_budget + 3 * error
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
 @pytest.mark.parametrize("policy", ["skd", "teacher"])
 def test_same_tokens_at_every_layout_number_of_slots_and_draft_length(
