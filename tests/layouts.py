@@ -16,6 +16,8 @@ from tests.distributed import run_distributed
 from tests.tiny import IM_END, make_checkpoint, make_prompts
 
 STEPS = 3
+SKD_TOP_K, SKD_TEMPERATURE = 5, 0.6
+PROBE_POLICIES = ("student", "blend", "greedy", "skd", "teacher")
 PROBE_RESPONSES = ((9, 4, 30, 0), (5,), (11, 12, 13, 14, 15, 16, 17), (3, 8, 0))
 
 
@@ -148,7 +150,7 @@ def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
             "teacher": _probe_logits(trainer.models.teacher, trainer),
         }
         rollouts, preemptions = {}, {}
-        for name in ("student", "blend", "greedy"):
+        for name in PROBE_POLICIES:
             before = trainer.engine.num_preemptions
             rollouts[name] = _probe_rollouts(trainer, name)
             preemptions[name] = trainer.engine.num_preemptions - before
@@ -202,7 +204,13 @@ def _probe_logits(model: Any, trainer: Any) -> list[torch.Tensor]:
 
 def _probe_rollouts(trainer: Any, policy_name: str) -> list[dict[str, Any]]:
     from trb_megatron.distributed import gather_from_leaders
-    from trb_megatron.policies import Sampling, StudentPolicy
+    from trb_megatron.policies import (
+        BlendPolicy,
+        Sampling,
+        SKDPolicy,
+        StudentPolicy,
+        TeacherPolicy,
+    )
     from trb_megatron.scheduler import Request
 
     layout, models = trainer.layout, trainer.models
@@ -214,10 +222,14 @@ def _probe_rollouts(trainer: Any, policy_name: str) -> list[dict[str, Any]]:
         step=0,
         num_valid=models.tokenizer_size,
     )
-    if policy_name == "greedy":
-        policy: Any = StudentPolicy(sampling, layout.tp_group)
-    else:
-        policy = trainer._policy(sampling, 0.05 if policy_name == "blend" else 0.0)
+    alignment, group = models.alignment, layout.tp_group
+    policy: Any = {
+        "student": StudentPolicy(sampling, group, alignment),
+        "blend": BlendPolicy(sampling, 0.05, alignment, group),
+        "greedy": StudentPolicy(sampling, group),
+        "skd": SKDPolicy(sampling, SKD_TOP_K, SKD_TEMPERATURE, alignment, group),
+        "teacher": TeacherPolicy(sampling, alignment, group),
+    }[policy_name]
     requests = [Request(i, r, _prompt(trainer, i)) for i in range(8) for r in range(3)]
     share = requests[layout.dp_rank :: layout.dp_size]
     found = [asdict(rollout) for rollout in trainer.engine.generate(share, policy, sampling)]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class DenseBlend:
-    """The behavior policy of one batch; every field is [N] but `logprobs`, [N, V]; float64."""
+class DenseBehavior:
+    """A behavior policy of one batch; every field is [N] but `logprobs`, [N, V]; float64."""
 
     blend_coef: Tensor
     kl_student: Tensor
@@ -29,7 +29,7 @@ def blend_logprobs(student_NV: Tensor, teacher_NV: Tensor, coef_N: Tensor) -> Te
     return ((1 - coef_N1) * logp_NV + coef_N1 * logq_NV).log_softmax(-1)
 
 
-def dense_blend(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor) -> DenseBlend:
+def dense_blend(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor) -> DenseBehavior:
     """Bisect KL(mu||p) = budget 100 times."""
     logp_NV, logq_NV = (x.double().log_softmax(-1) for x in (student_NV, teacher_NV))
     low_N, high_N = torch.zeros_like(budget_N), torch.ones_like(budget_N)
@@ -40,14 +40,33 @@ def dense_blend(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor) -> Den
         high_N = torch.where(feasible_N, high_N, middle_N)
     coef_N = torch.where(kl(logq_NV, logp_NV) <= budget_N, 1.0, low_N)
     coef_N = torch.where(budget_N == 0, 0.0, coef_N)
-    logmu_NV = blend_logprobs(logp_NV, logq_NV, coef_N)
-    return DenseBlend(
-        coef_N,
-        kl(logmu_NV, logp_NV),
-        kl(logmu_NV, logq_NV),
-        -(logmu_NV.exp() * logmu_NV).sum(-1),
-        logmu_NV,
-    )
+    return _describe(coef_N, blend_logprobs(logp_NV, logq_NV, coef_N), logp_NV, logq_NV)
+
+
+def _describe(coef_N: Tensor, logmu_NV: Tensor, logp_NV: Tensor, logq_NV: Tensor) -> DenseBehavior:
+    mu_NV = logmu_NV.exp()
+    entropy_N = -torch.where(mu_NV > 0, mu_NV * logmu_NV, 0.0).sum(-1)
+    return DenseBehavior(coef_N, kl(logmu_NV, logp_NV), kl(logmu_NV, logq_NV), entropy_N, logmu_NV)
+
+
+def dense_skd(
+    student_NV: Tensor, teacher_NV: Tensor, fresh_NV: Tensor, top_k: int
+) -> DenseBehavior:
+    """SKD by definition; `fresh_NV` are the logits of the draw that replaces an unlikely one."""
+    logp_NV, logq_NV = (x.double().log_softmax(-1) for x in (student_NV, teacher_NV))
+    is_likely_NV = torch.zeros_like(logp_NV, dtype=torch.bool)
+    likeliest_NK = teacher_NV.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    is_likely_NV.scatter_(-1, likeliest_NK, True)
+    kept_NV = logp_NV.exp() * is_likely_NV
+    replaced_N1 = (logp_NV.exp() * ~is_likely_NV).sum(-1, keepdim=True)
+    logmu_NV = (kept_NV + replaced_N1 * fresh_NV.double().softmax(-1)).log()
+    return _describe(torch.full_like(logp_NV[:, 0], torch.nan), logmu_NV, logp_NV, logq_NV)
+
+
+def dense_teacher(student_NV: Tensor, teacher_NV: Tensor) -> DenseBehavior:
+    """The teacher itself, as a behavior policy."""
+    logp_NV, logq_NV = (x.double().log_softmax(-1) for x in (student_NV, teacher_NV))
+    return _describe(torch.ones_like(logp_NV[:, 0]), logq_NV, logp_NV, logq_NV)
 
 
 def dense_loss(

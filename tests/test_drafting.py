@@ -45,6 +45,6 @@ def test_drafts_grow_where_calls_are_dear_and_acceptance_is_high() -> None:
 
 
 def test_acceptance_begins_with_its_bound_and_follows_the_counts() -> None:
-    assert estimate_acceptance(0.02, 0, 0) == pytest.approx(0.9)
-    assert estimate_acceptance(0.02, 800, 1000) == pytest.approx(0.8, abs=0.01)
-    assert estimate_acceptance(10.0, 0, 0) == 0.0
+    assert estimate_acceptance(0.9, 0, 0) == pytest.approx(0.9)
+    assert estimate_acceptance(0.9, 800, 1000) == pytest.approx(0.8, abs=0.01)
+    assert estimate_acceptance(0.0, 800, 1000) == pytest.approx(0.8, abs=0.02)

@@ -1,4 +1,4 @@
-"""Whole responses of the speculative engine follow the exact law of the behavior policy.
+"""Whole responses of the speculative engine follow the exact law of their policy.
 
 Over a vocabulary of four ids, one of which stops, all responses of up to three tokens are listed
 and their probabilities computed densely from transformers' logits; the engine must agree.
@@ -6,6 +6,7 @@ and their probabilities computed densely from transformers' logits; the engine m
 
 import itertools
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -16,13 +17,14 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from tests.distributed import run_distributed
-from tests.reference import dense_blend
+from tests.reference import dense_blend, dense_skd, dense_teacher
 from tests.tiny import make_checkpoint
 
 NUM_IDS, STOP_ID, LENGTH, BUDGET = 4, 0, 3, 0.1
 PROMPT = (1, 2, 3)
 NUM_ROLLOUTS = 20_000
 DRAFTS = (0, 1, 4)
+SKD_TOP_K, SKD_TEMPERATURE = 2, 0.6
 
 Counts = dict[tuple[int, ...], int]
 
@@ -32,7 +34,8 @@ def _always_accept(student_N: torch.Tensor, *args: torch.Tensor) -> torch.Tensor
 
 
 def _sample(folder: Path) -> dict[str, Counts]:
-    """How often each response was drawn, by draft length, and with a rule that always accepts."""
+    """How often each response was drawn: blended, by draft length; with a rule that always accepts;
+    by the other policies."""
     from trb_megatron import distributed
     from trb_megatron.config import ParallelConfig, RolloutConfig
 
@@ -41,7 +44,7 @@ def _sample(folder: Path) -> dict[str, Counts]:
     from trb_megatron.blending import StopAlignment
     from trb_megatron.hf_weights import load_hf_weights
     from trb_megatron.models import build_model, read_hf_config
-    from trb_megatron.policies import BlendPolicy, Sampling
+    from trb_megatron.policies import BlendPolicy, Policy, Sampling, SKDPolicy, TeacherPolicy
     from trb_megatron.rollout import RolloutEngine
     from trb_megatron.scheduler import Request
 
@@ -53,10 +56,12 @@ def _sample(folder: Path) -> dict[str, Counts]:
         models.append(model.eval().requires_grad_(False))
     sampling = Sampling(1.0, LENGTH, (STOP_ID,), seed=3, step=0, num_valid=NUM_IDS)
     alignment = StopAlignment((STOP_ID,), (STOP_ID,))
-    policy = BlendPolicy(sampling, BUDGET, alignment, layout.tp_group)
+    blend = BlendPolicy(sampling, BUDGET, alignment, layout.tp_group)
+    skd = SKDPolicy(sampling, SKD_TOP_K, SKD_TEMPERATURE, alignment, layout.tp_group)
+    teacher = TeacherPolicy(sampling, alignment, layout.tp_group)
     requests = [Request(i, 0, PROMPT) for i in range(NUM_ROLLOUTS)]
 
-    def count(drafts: int) -> Counts:
+    def count(drafts: int, policy: Policy = blend) -> Counts:
         config = RolloutConfig(max_sequences=4096, draft_tokens=drafts)
         engine = RolloutEngine(models[0], models[1], layout, config)
         return Counter(r.response_ids for r in engine.generate(requests, policy, sampling))
@@ -64,7 +69,7 @@ def _sample(folder: Path) -> dict[str, Counts]:
     counts = {f"{drafts} drafts": count(drafts) for drafts in DRAFTS}
     with mock.patch("trb_megatron.blending.accept_tokens", _always_accept):
         counts["always accept"] = count(1)
-    return counts
+    return counts | {"skd": count(4, skd), "teacher": count(4, teacher)}
 
 
 @pytest.fixture(scope="module")
@@ -81,23 +86,29 @@ def counts(folder: Path) -> dict[str, Counts]:
 
 
 @pytest.fixture(scope="module")
-def probabilities(folder: Path) -> dict[tuple[int, ...], float]:
-    """Of every response: it stops, or it has LENGTH tokens."""
+def probabilities(folder: Path) -> dict[str, dict[tuple[int, ...], float]]:
+    """By policy, of every response: it stops, or it has LENGTH tokens."""
     models = [
         AutoModelForCausalLM.from_pretrained(folder / name).eval()
         for name in ("student", "teacher")
     ]
 
-    def next_token(prefix: tuple[int, ...]) -> torch.Tensor:
+    @cache
+    def next_token(prefix: tuple[int, ...]) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             student, teacher = (
                 model(torch.tensor([PROMPT + prefix])).logits[0, -1:, :NUM_IDS].double()
                 for model in models
             )
-        return dense_blend(student, teacher, torch.tensor([BUDGET]).double()).logprobs[0].exp()
+        behaviors = {
+            "blend": dense_blend(student, teacher, torch.tensor([BUDGET]).double()),
+            "skd": dense_skd(student, teacher, teacher / SKD_TEMPERATURE, SKD_TOP_K),
+            "teacher": dense_teacher(student, teacher),
+        }
+        return {policy: behavior.logprobs[0].exp() for policy, behavior in behaviors.items()}
 
-    def probability(response: tuple[int, ...]) -> float:
-        steps = (next_token(response[:i])[token] for i, token in enumerate(response))
+    def probability(policy: str, response: tuple[int, ...]) -> float:
+        steps = (next_token(response[:i])[policy][token] for i, token in enumerate(response))
         return float(np.prod([float(p) for p in steps]))
 
     others = [i for i in range(NUM_IDS) if i != STOP_ID]
@@ -107,8 +118,11 @@ def probabilities(folder: Path) -> dict[tuple[int, ...], float]:
         for body in itertools.product(others, repeat=length - 1)
         for last in (range(NUM_IDS) if length == LENGTH else (STOP_ID,))
     ]
-    found = {response: probability(response) for response in responses}
-    assert sum(found.values()) == pytest.approx(1)
+    found = {
+        policy: {response: probability(policy, response) for response in responses}
+        for policy in ("blend", "skd", "teacher")
+    }
+    assert all(sum(of_policy.values()) == pytest.approx(1) for of_policy in found.values())
     return found
 
 
@@ -128,9 +142,17 @@ def _p_value(counts: Counts, probabilities: dict[tuple[int, ...], float]) -> flo
 
 @pytest.mark.parametrize("drafts", DRAFTS)
 def test_frequencies_of_all_responses_are_exact(
-    counts: dict[str, Counts], probabilities: dict[tuple[int, ...], float], drafts: int
+    counts: dict[str, Counts], probabilities: dict[str, dict[tuple[int, ...], float]], drafts: int
 ) -> None:
-    assert _p_value(counts[f"{drafts} drafts"], probabilities) > 1e-3
+    assert _p_value(counts[f"{drafts} drafts"], probabilities["blend"]) > 1e-3
+
+
+@pytest.mark.parametrize("policy", ["skd", "teacher"])
+def test_frequencies_of_other_policies_are_exact(
+    counts: dict[str, Counts], probabilities: dict[str, dict[tuple[int, ...], float]], policy: str
+) -> None:
+    assert _p_value(counts[policy], probabilities[policy]) > 1e-3
+    assert _p_value(counts[policy], probabilities["blend"]) < 1e-6
 
 
 def test_every_draft_length_draws_the_same_responses(counts: dict[str, Counts]) -> None:
@@ -138,6 +160,6 @@ def test_every_draft_length_draws_the_same_responses(counts: dict[str, Counts]) 
 
 
 def test_a_wrong_rule_is_noticed(
-    counts: dict[str, Counts], probabilities: dict[tuple[int, ...], float]
+    counts: dict[str, Counts], probabilities: dict[str, dict[tuple[int, ...], float]]
 ) -> None:
-    assert _p_value(counts["always accept"], probabilities) < 1e-6
+    assert _p_value(counts["always accept"], probabilities["blend"]) < 1e-6

@@ -1,9 +1,11 @@
 """The training loop: the same at every layout, and what it must refuse."""
 
+import itertools
 import json
 import re
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -78,6 +80,11 @@ VARIANTS = {
         *("training.steps=2", "teacher.path={folder}/student", "loss.name=reverse_kl_full"),
         "loss.temperature=2.0",
     ),
+    "skd": (
+        *(*FIVE_STEPS, "rollout.draft_tokens=auto", "behavior.warmup_steps=2"),
+        *("behavior.policy=skd", "behavior.skd_top_k=5", "behavior.skd_temperature=0.6"),
+    ),
+    "teacher_rollouts": (*FIVE_STEPS, "behavior.policy=teacher", "behavior.warmup_steps=2"),
     "supervised": (
         *("training.task=supervised", "loss.name=cross_entropy", "training.steps=30"),
         *("data.response_column=response", "optimizer.lr=0.01", "checkpoint.every=100"),
@@ -113,6 +120,20 @@ def test_rollouts_after_the_warmup_do_not_call_the_teacher(
     assert [row["behavior/kl_budget"] for row in rows] == [0.05, 0, 0, 0, 0]
     longest = 12  # rollout.max_response_tokens: one prefill and eleven decode steps
     assert 0 < variant_runs["ended_warmup"] <= longest
+
+
+@pytest.mark.parametrize("name", ["skd", "teacher_rollouts"])
+def test_other_policies_end_with_the_warmup_and_report_what_they_know(
+    config_file: Path, variant_runs: dict[str, int], name: str
+) -> None:
+    rows = read_metrics(config_file.parent / name)
+    asked = [row["rollout/teacher_calls_per_token"] > 0 for row in rows]
+    assert asked == [True, True, False, False, False]
+    assert [row["behavior/acceptance"] < 1 for row in rows] == asked
+    assert [row["behavior/kl_per_token"] > 0.05 for row in rows] == asked
+    coef = None if name == "skd" else 1  # SKD is on no path between student and teacher
+    assert [row["behavior/blend_coef"] for row in rows] == [coef, coef, 0, 0, 0]
+    assert not any("behavior/kl_budget" in row for row in rows)
 
 
 @pytest.mark.parametrize("name", ["own_teacher", "own_teacher_full"])
@@ -175,7 +196,7 @@ def _responses_of_a_step(config_file: Path) -> dict[int, list[tuple[int, ...]]]:
         config_file, (f"run.dir={config_file.parent}/repeats", "training.prompts_per_step=30")
     )
     found: dict[int, list[tuple[int, ...]]] = {}
-    for rollout in trainer._rollout(trainer._next_prompts(), 0.0):
+    for rollout in trainer._rollout(trainer._next_prompts(), trainer._policy()):
         found.setdefault(rollout.prompt_index, []).append(rollout.response_ids)
     return found
 
@@ -184,6 +205,57 @@ def test_prompt_that_comes_twice_in_a_step_gets_other_responses(config_file: Pat
     found = run_distributed(_responses_of_a_step, 1, config_file)[0]
     assert sorted(len(responses) for responses in found.values()) == [4] * 6 + [6] * 6
     assert all(len(set(responses)) > len(responses) / 2 for responses in found.values())
+
+
+GUIDED = {
+    "trb": (),
+    "skd": ("behavior.policy=skd", "behavior.skd_top_k=5"),
+    "teacher": ("behavior.policy=teacher",),
+}
+
+
+def _step_with_and_without_kept_hidden(config_file: Path) -> dict[tuple[str, bool], Any]:
+    """Gradient, parameters after one step, and separate teacher passes, for policy and switch."""
+    from trb_megatron.forward import forward_hidden
+
+    found = {}
+    for name, keep in itertools.product(GUIDED, (True, False)):
+        switch = f"rollout.keep_teacher_hidden={str(keep).lower()}"
+        run_dir = f"run.dir={config_file.parent}/{name}_{keep}"
+        trainer = make_trainer(
+            config_file, (run_dir, switch, "rollout.draft_tokens=3", *GUIDED[name])
+        )
+        with (
+            mock.patch.object(trainer, "_update", partial(_copy_gradients, trainer)),
+            mock.patch("trb_megatron.trainer.forward_hidden", wraps=forward_hidden) as passes,
+        ):
+            trainer.train_step()
+        parameters = torch.cat([p.detach().flatten() for p in trainer.models.student.parameters()])
+        found[name, keep] = trainer.copied_gradient, parameters, passes.call_count
+    return found
+
+
+def _copy_gradients(trainer: Any) -> tuple[float, float]:
+    """The update of a trainer, keeping the gradient before it."""
+    trainer.copied_gradient = torch.cat([b.grad_data.clone() for b in trainer.student.buffers])
+    return type(trainer)._update(trainer)
+
+
+@pytest.fixture(scope="module")
+def kept_hidden(config_file: Path) -> dict[tuple[str, bool], Any]:
+    return run_distributed(_step_with_and_without_kept_hidden, 1, config_file)[0]
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_hidden_states_kept_from_rollouts_give_the_same_update(
+    kept_hidden: dict[tuple[str, bool], Any], name: str
+) -> None:
+    kept_gradient, kept_parameters, num_kept_passes = kept_hidden[name, True]
+    gradient, parameters, num_passes = kept_hidden[name, False]
+    assert (num_kept_passes, num_passes) == (0, 1)
+    assert gradient.norm() > 0
+    assert (kept_gradient - gradient).norm() < 1e-5 * gradient.norm()
+    assert (kept_parameters - parameters).norm() < 1e-5 * parameters.norm()
 
 
 def _fail_with_nan(config_file: Path) -> list[str]:
@@ -253,7 +325,11 @@ def test_impossible_runs_are_refused_before_anything_is_written(config_file: Pat
         (f"student.path={unending}",): r"no eos_token_id in .*unending",
         (f"data.path={broken}",): r"broken\.jsonl:2",
         ("teacher.path=/nowhere",): r"/nowhere: no such model folder",
-        ("loss.top_k=55",): r"loss\.top_k=55 exceeds the vocabulary of 54 ids",
+        ("loss.top_k=54",): r"loss\.top_k=54 exceeds the vocabulary of 53 ids, stop ids merged",
+        (
+            "behavior.policy=skd",
+            "behavior.skd_top_k=54",
+        ): r"behavior\.skd_top_k=54 exceeds the vocabulary of 53 ids",
         (
             "rollout.max_response_tokens=100",
         ): r"max_response_tokens = 148 exceeds the 128 positions",

@@ -20,7 +20,8 @@ class TokenRecord:
     Attributes:
         student_logprobs, teacher_logprobs, behavior_logprobs: of the drawn token, under the
             aligned, temperature-scaled distributions; the teacher's are NaN where it was not asked.
-        blend_coef: beta of the behavior policy, 0 for the student.
+        blend_coef: beta of the behavior policy, 0 for the student, 1 for the teacher, NaN for a
+            policy that is not on the path between them.
         kl_student: KL(behavior || student) at this prefix, in nats.
         accepted: whether the student's proposal was accepted.
     """

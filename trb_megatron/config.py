@@ -45,6 +45,12 @@ def _refuse_duplicates(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _refuse_draft_tokens(value: Any) -> Any:
+    if value != "auto" and (type(value) is not int or value < 0):
+        raise ValueError("expected auto or a whole number, 0 or greater")
+    return value
+
+
 # Numbers and flags are strict: `steps: true` or `distributed: 1` is a mistake, not a number.
 Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -157,16 +163,21 @@ class RolloutConfig(Section):
     max_prefill_tokens: Count = 16384  # prompt tokens of one forward pass
     cuda_graphs: Flag = True  # for the student's single-token steps, on GPUs with flash-attention
     # proposals of the student per teacher call; 0: token by token; auto: by measured costs
-    draft_tokens: Literal["auto"] | CountFromZero = "auto"
+    draft_tokens: Annotated[Literal["auto"] | int, BeforeValidator(_refuse_draft_tokens)] = "auto"
     keep_teacher_hidden: Flag = True  # from rollouts to the loss, which then runs no teacher
 
 
 class BehaviorConfig(Section):
-    """The trust region: how far, and for how long, rollouts may leave the student."""
+    """The policy that rollouts are sampled from, and for how long it may leave the student."""
 
-    kl_budget: NonNegative = 0.01  # nats per token at step 0; 0: plain on-policy distillation
-    warmup_steps: CountFromZero = 50  # the budget is 0 from this step on
-    schedule: Literal["linear", "constant"] = "linear"
+    # trb: nearest the teacher within a KL budget of the student; skd: the student's draw, or the
+    # teacher's where the teacher thinks it unlikely; teacher: the teacher's own
+    policy: Literal["trb", "skd", "teacher"] = "trb"
+    warmup_steps: CountFromZero = 50  # rollouts are the student's own from this step on
+    kl_budget: NonNegative = 0.01  # trb: nats per token at step 0; 0: plain on-policy distillation
+    schedule: Literal["linear", "constant"] = "linear"  # trb: of the budget over the warmup
+    skd_top_k: Count = 25  # skd: a draw among the teacher's so many likeliest tokens is kept
+    skd_temperature: Positive = 1.0  # skd: of the teacher's draw that replaces another
 
 
 class LossConfig(Section):
@@ -276,7 +287,6 @@ def _find_conflicts(config: Config) -> Iterator[str]:
 
 
 def _find_distillation_conflicts(config: Config) -> Iterator[str]:
-    behavior = config.behavior
     if config.teacher is None:
         yield "teacher.path: training.task=distill needs a teacher; set teacher.path"
     if config.loss.name == "cross_entropy":
@@ -284,16 +294,37 @@ def _find_distillation_conflicts(config: Config) -> Iterator[str]:
             "loss.name: cross_entropy does not use the teacher; choose another loss or set "
             "training.task=supervised"
         )
-    if behavior.kl_budget > 0 and behavior.warmup_steps == 0:
+    yield from _find_behavior_conflicts(config)
+
+
+def _find_behavior_conflicts(config: Config) -> Iterator[str]:
+    behavior, policy = config.behavior, config.behavior.policy
+    asks_teacher = policy != "trb" or behavior.kl_budget > 0
+    plain = "behavior.kl_budget=0"
+    if policy != "trb":
+        plain = "behavior.policy=trb with behavior.kl_budget=0"
+        if behavior.kl_budget == 0:
+            yield (
+                f"behavior.kl_budget: 0 is plain on-policy distillation, but behavior.policy="
+                f"{policy} has no budget; leave it out, or set behavior.policy=trb"
+            )
+    if asks_teacher and behavior.warmup_steps == 0:
         yield (
-            f"behavior.kl_budget: {behavior.kl_budget} is never used with behavior.warmup_steps=0; "
-            "set behavior.warmup_steps to at least 1, or behavior.kl_budget=0"
+            f"behavior.warmup_steps: 0 leaves no step to behavior.policy={policy}; set it to at "
+            f"least 1, or {plain} for plain on-policy distillation"
         )
-    if behavior.kl_budget > 0 and config.rollout.temperature == 0:
+    if asks_teacher and config.rollout.temperature == 0:
         yield (
-            "rollout.temperature: 0 (greedy) leaves no distribution to blend; set it above 0, or "
-            "behavior.kl_budget=0"
+            f"rollout.temperature: 0 (greedy) leaves behavior.policy={policy} no distribution to "
+            f"draw from; set it above 0, or {plain} for plain on-policy distillation"
         )
+    for key in ("skd_top_k", "skd_temperature"):
+        is_default = getattr(behavior, key) == BehaviorConfig.model_fields[key].default
+        if policy != "skd" and not is_default:
+            yield (
+                f"behavior.{key}: behavior.policy={policy} does not use it; set "
+                "behavior.policy=skd, or leave it out"
+            )
 
 
 def _find_supervised_conflicts(config: Config) -> Iterator[str]:

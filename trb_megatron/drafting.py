@@ -18,7 +18,7 @@ import numpy as np
 
 MAX_POSITIONS = 17
 PRIOR_POSITIONS = 16
-"""Positions that the bound on acceptance counts for, before any position of a step was seen."""
+"""Positions that the policy's bound on acceptance counts for, beside those that a step has seen."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def expected_tokens(acceptance: float, num_positions: int) -> float:
     return sum(acceptance**i for i in range(num_positions))
 
 
-def estimate_acceptance(kl_budget: float, num_accepted: int, num_scanned: int) -> float:
-    """Acceptance of a step: its counts, begun with the bound 1 - sqrt(budget / 2) (Pinsker)."""
-    bound = max(0.0, 1.0 - (kl_budget / 2) ** 0.5)
-    return (PRIOR_POSITIONS * bound + num_accepted) / (PRIOR_POSITIONS + num_scanned)
+def estimate_acceptance(least_acceptance: float, num_accepted: int, num_scanned: int) -> float:
+    """Acceptance of a step: its counts, begun with the policy's bound from below."""
+    num_positions = PRIOR_POSITIONS + num_scanned
+    return (PRIOR_POSITIONS * least_acceptance + num_accepted) / num_positions
 
 
 def choose_num_positions(costs: DraftCosts, acceptance: float, num_sequences: int) -> int:

@@ -1,15 +1,19 @@
 """Policies: the distributions that rollouts are sampled from, and how a token is drawn from each.
 
 A policy sees the logits of N prefixes on this rank's vocabulary shard, and the random numbers of
-each. It knows nothing of caches, batches or draft lengths. A new policy is a class here.
+each. It knows nothing of caches, batches or draft lengths. A policy that asks the teacher is a
+distribution mu here, no more: all of them draw by the same maximal coupling with the student's
+proposal (`blending.draw_tokens`), hence exactly and speculatively at any draft length.
 
-Shapes: N prefixes, U this rank's vocabulary shard.
+p = student, q = teacher, both at the rollout temperature, over aligned stop events; mu = behavior
+policy. Shapes: N prefixes, U this rank's vocabulary shard.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,12 +23,17 @@ from trb_megatron.batch import TokenRecord
 from trb_megatron.blending import StopAlignment, align_stop_ids, draw_tokens, solve_behavior
 from trb_megatron.uniforms import Purpose, keyed_uniforms
 from trb_megatron.vocab_parallel import (
+    Softmax,
+    all_gather,
     argmax,
     gather_at,
     gather_each_at,
     log_softmax_NU,
     mask_invalid,
     sample_inverse_cdf,
+    softmax,
+    topk,
+    vocab_range,
 )
 
 
@@ -60,16 +69,18 @@ class Uniforms:
 
 
 class Policy(Protocol):
-    """A distribution over the next token, within `kl_budget` nats of the student.
-
-    Decisions are identical on all tensor-parallel ranks.
-    """
+    """A distribution over the next token; its decisions are identical on all TP ranks."""
 
     @property
     def needs_teacher(self) -> bool: ...
 
     @property
-    def kl_budget(self) -> float: ...
+    def least_acceptance(self) -> float:
+        """What the mean chance that a proposal is accepted cannot fall below, whatever the models.
+
+        The choice of the draft length begins with it (`drafting`); 0 where nothing is known.
+        """
+        ...
 
     def propose(self, student_logits_NU: Tensor, uniforms: Uniforms) -> Tensor:
         """The student's proposal [N], with which `draw` starts; collective over the TP group."""
@@ -82,6 +93,21 @@ class Policy(Protocol):
         ...
 
 
+def _tempered_logits(
+    logits_NU: Tensor,
+    temperature: float,
+    sampling: Sampling,
+    alignment: StopAlignment | None,
+    own_ids: tuple[int, ...],
+    tp_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """fp32 logits divided by `temperature`, then with the model's stop ids `own_ids` merged."""
+    logits_NU = mask_invalid(logits_NU, sampling.num_valid, tp_group) / temperature
+    if alignment is None:
+        return logits_NU
+    return align_stop_ids(logits_NU, own_ids, alignment, tp_group=tp_group)
+
+
 @dataclass(frozen=True)
 class StudentPolicy:
     """The student's own distribution; with `alignment` over aligned stop events (`blending`)."""
@@ -90,7 +116,7 @@ class StudentPolicy:
     tp_group: dist.ProcessGroup | None = None
     alignment: StopAlignment | None = None
     needs_teacher = False
-    kl_budget = 0.0
+    least_acceptance = 1.0
 
     def propose(self, student_logits_NU: Tensor, uniforms: Uniforms) -> Tensor:
         """Inverse-CDF sampling by the draft uniform, or argmax at temperature 0."""
@@ -116,12 +142,11 @@ class StudentPolicy:
 
     def _logprobs(self, logits_NU: Tensor) -> Tensor:
         """Log-probabilities on this shard; at temperature 0 those of temperature 1."""
-        logits_NU = mask_invalid(logits_NU, self.sampling.num_valid, self.tp_group)
-        logits_NU = logits_NU / (self.sampling.temperature or 1.0)
-        if self.alignment is not None:
-            logits_NU = align_stop_ids(
-                logits_NU, self.alignment.student_ids, self.alignment, tp_group=self.tp_group
-            )
+        temperature = self.sampling.temperature or 1.0
+        own_ids = () if self.alignment is None else self.alignment.student_ids
+        logits_NU = _tempered_logits(
+            logits_NU, temperature, self.sampling, self.alignment, own_ids, self.tp_group
+        )
         return log_softmax_NU(logits_NU, tp_group=self.tp_group)
 
     def _sample(self, logprobs_NU: Tensor, uniforms: Uniforms) -> Tensor:
@@ -132,18 +157,35 @@ class StudentPolicy:
         )
 
 
-@dataclass(frozen=True)
-class BlendPolicy:
-    """The trust-region behavior policy: nearest the teacher within `kl_budget` of the student.
+class Guidance(NamedTuple):
+    """What a policy that asks the teacher knows of N prefixes."""
 
-    Plyusov et al., arXiv 2605.31159; drawn by maximal coupling (`blending.draw_tokens`).
-    """
+    student: Softmax
+    teacher: Softmax
+    behavior_NU: Tensor
+    """log mu on this shard, fp32."""
+    blend_coef_N: Tensor
+    """0 for p, 1 for q, between them on the path p^(1-b) q^b; NaN where mu is not on it."""
+    kl_student_N: Tensor
+    """KL(mu||p) in nats."""
+
+
+class GuidedPolicy(ABC):
+    """A policy that asks the teacher; a subclass says what its distribution is (`solve`)."""
 
     sampling: Sampling
-    kl_budget: float
     alignment: StopAlignment
-    tp_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None
     needs_teacher = True
+
+    @property
+    @abstractmethod
+    def least_acceptance(self) -> float: ...
+
+    @abstractmethod
+    def solve(self, student_logits_NU: Tensor, teacher_logits_NU: Tensor) -> Guidance:
+        """The distributions at N prefixes, from both models' logits; collective over the TP
+        group: logits sharded, the fields of size N replicated; not differentiable."""
 
     def propose(self, student_logits_NU: Tensor, uniforms: Uniforms) -> Tensor:
         """A token of the student, by the draft uniform."""
@@ -153,15 +195,10 @@ class BlendPolicy:
     def draw(
         self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms: Uniforms
     ) -> tuple[Tensor, TokenRecord]:
-        """Solve for the blend of each row, then draw from it with the position's three uniforms."""
+        """Draw from mu with the position's three uniforms, starting with the proposal."""
         assert teacher_logits_NU is not None
-        behavior = solve_behavior(
-            self._aligned(student_logits_NU, self.alignment.student_ids),
-            self._aligned(teacher_logits_NU, self.alignment.teacher_ids),
-            self.kl_budget,
-            tp_group=self.tp_group,
-        )
-        student_NU, behavior_NU = behavior.student.logprobs(), behavior.logprobs()
+        guidance = self.solve(student_logits_NU, teacher_logits_NU)
+        student_NU, behavior_NU = guidance.student.logprobs(), guidance.behavior_NU
         drawn = draw_tokens(
             student_NU,
             behavior_NU,
@@ -171,21 +208,180 @@ class BlendPolicy:
             tp_group=self.tp_group,
         )
         student_N, teacher_N, behavior_N = gather_each_at(
-            (student_NU, behavior.teacher.logits_NU, behavior_NU),
+            (student_NU, guidance.teacher.logits_NU, behavior_NU),
             drawn.token_ids,
             tp_group=self.tp_group,
         )
         record = TokenRecord(
             student_logprobs=student_N,
-            teacher_logprobs=behavior.teacher.normalize(teacher_N),
+            teacher_logprobs=guidance.teacher.normalize(teacher_N),
             behavior_logprobs=behavior_N,
-            blend_coef=behavior.blend_coef,
-            kl_student=behavior.kl_student,
+            blend_coef=guidance.blend_coef_N,
+            kl_student=guidance.kl_student_N,
             accepted=drawn.accepted,
         )
         return drawn.token_ids, record
 
-    def _aligned(self, logits_NU: Tensor, own_ids: tuple[int, ...]) -> Tensor:
-        masked_NU = mask_invalid(logits_NU, self.sampling.num_valid, self.tp_group)
-        scaled_NU = masked_NU / self.sampling.temperature
-        return align_stop_ids(scaled_NU, own_ids, self.alignment, tp_group=self.tp_group)
+    def _student_logits(self, logits_NU: Tensor) -> Tensor:
+        return self._aligned(logits_NU, self.alignment.student_ids, self.sampling.temperature)
+
+    def _teacher_logits(self, logits_NU: Tensor, temperature: float | None = None) -> Tensor:
+        """At the rollout temperature or another one."""
+        if temperature is None:
+            temperature = self.sampling.temperature
+        return self._aligned(logits_NU, self.alignment.teacher_ids, temperature)
+
+    def _aligned(self, logits_NU: Tensor, own_ids: tuple[int, ...], temperature: float) -> Tensor:
+        return _tempered_logits(
+            logits_NU, temperature, self.sampling, self.alignment, own_ids, self.tp_group
+        )
+
+
+@dataclass(frozen=True)
+class BlendPolicy(GuidedPolicy):
+    """The trust-region behavior policy: nearest the teacher within `kl_budget` nats of the student.
+
+    Plyusov et al., arXiv 2605.31159; see `blending`.
+    """
+
+    sampling: Sampling
+    kl_budget: float
+    alignment: StopAlignment
+    tp_group: dist.ProcessGroup | None = None
+
+    @property
+    def least_acceptance(self) -> float:
+        """1 - sqrt(budget / 2), since TV(p, mu) <= sqrt(KL(mu||p) / 2) (Pinsker)."""
+        return max(0.0, 1.0 - (self.kl_budget / 2) ** 0.5)
+
+    def solve(self, student_logits_NU: Tensor, teacher_logits_NU: Tensor) -> Guidance:
+        """At most eight all-gathers, those of `solve_behavior`, besides the stop alignment's."""
+        behavior = solve_behavior(
+            self._student_logits(student_logits_NU),
+            self._teacher_logits(teacher_logits_NU),
+            self.kl_budget,
+            tp_group=self.tp_group,
+        )
+        return Guidance(
+            behavior.student,
+            behavior.teacher,
+            behavior.logprobs(),
+            behavior.blend_coef,
+            behavior.kl_student,
+        )
+
+
+@dataclass(frozen=True)
+class TeacherPolicy(GuidedPolicy):
+    """The teacher's distribution: standard speculative decoding with the student as the drafter.
+
+    Leviathan et al., arXiv 2211.17192. Acceptance is 1 - TV(p, q), which may be anything.
+    """
+
+    sampling: Sampling
+    alignment: StopAlignment
+    tp_group: dist.ProcessGroup | None = None
+    least_acceptance = 0.0
+
+    def solve(self, student_logits_NU: Tensor, teacher_logits_NU: Tensor) -> Guidance:
+        """Three all-gathers besides the stop alignment's."""
+        student, teacher = (
+            softmax(logits_NU, tp_group=self.tp_group)
+            for logits_NU in (
+                self._student_logits(student_logits_NU),
+                self._teacher_logits(teacher_logits_NU),
+            )
+        )
+        teacher_NU = teacher.logprobs()
+        kl_N = kl_divergence(teacher_NU, student.logprobs(), tp_group=self.tp_group)
+        return Guidance(student, teacher, teacher_NU, torch.ones_like(kl_N), kl_N)
+
+
+@dataclass(frozen=True)
+class SKDPolicy(GuidedPolicy):
+    """Speculative knowledge distillation: the student's draw, unless the teacher thinks ill of it.
+
+    A draw that is not among the teacher's `top_k` most likely ids is replaced by a fresh draw of
+    the teacher at `teacher_temperature` (Xu et al., arXiv 2410.11325, algorithm 1); see
+    `skd_logprobs`. The law is that of those two draws; but drawn by maximal coupling, a proposal
+    that the replacement might have been, too, may stay, so that acceptance is at least p(top-k),
+    which may be anything.
+    """
+
+    sampling: Sampling
+    top_k: int
+    teacher_temperature: float
+    alignment: StopAlignment
+    tp_group: dist.ProcessGroup | None = None
+    least_acceptance = 0.0
+
+    def solve(self, student_logits_NU: Tensor, teacher_logits_NU: Tensor) -> Guidance:
+        """Six all-gathers besides the stop alignment's. `blend_coef` is NaN: mu is on no path.
+
+        Raises ValueError, on all ranks alike, where fewer than `top_k` ids exist.
+        """
+        student, teacher, fresh = (
+            softmax(logits_NU, tp_group=self.tp_group)
+            for logits_NU in (
+                self._student_logits(student_logits_NU),
+                self._teacher_logits(teacher_logits_NU),
+                self._teacher_logits(teacher_logits_NU, self.teacher_temperature),
+            )
+        )
+        is_likely_NU = is_in_topk(teacher.logits_NU, self.top_k, tp_group=self.tp_group)
+        student_NU = student.logprobs()
+        behavior_NU = skd_logprobs(
+            student_NU, fresh.logprobs(), is_likely_NU, tp_group=self.tp_group
+        )
+        kl_N = kl_divergence(behavior_NU, student_NU, tp_group=self.tp_group)
+        return Guidance(student, teacher, behavior_NU, torch.full_like(kl_N, torch.nan), kl_N)
+
+
+def is_in_topk(logits_NU: Tensor, k: int, *, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Return which ids of this shard are among their row's `k` largest, [N, U] bool.
+
+    Ties go to the lowest id. One all-gather over `tp_group` (see `vocab_parallel.topk`, also for
+    the errors); logits and result sharded; not differentiable.
+    """
+    width = logits_NU.shape[-1]
+    start, stop = vocab_range(width, tp_group)
+    _, ids_NK = topk(logits_NU, k, tp_group=tp_group)
+    is_mine_NK = (ids_NK >= start) & (ids_NK < stop)
+    # Ids of other shards meet in one more column, which is cut off.
+    columns_NK = torch.where(is_mine_NK, ids_NK - start, width)
+    in_topk = torch.zeros(len(ids_NK), width + 1, dtype=torch.bool, device=logits_NU.device)
+    return in_topk.scatter_(-1, columns_NK, True)[:, :width]
+
+
+def skd_logprobs(
+    student_logprobs_NU: Tensor,
+    fresh_logprobs_NU: Tensor,
+    is_likely_NU: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Return log mu on this shard, mu(y) = p(y) 1[y is likely] + p(not likely) * fresh(y); [N, U].
+
+    The law of a draw from p that is replaced by one from `fresh` unless it is likely. One
+    all-gather over `tp_group`, of the mass that is replaced (summed in float64); arguments and
+    result sharded, fp32; not differentiable.
+    """
+    replaced_NU = student_logprobs_NU.exp().masked_fill_(is_likely_NU, 0.0)
+    replaced_N1 = replaced_NU.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    log_replaced_N1 = all_gather(replaced_N1, tp_group).sum(dim=0).log().float()
+    kept_NU = student_logprobs_NU.masked_fill(~is_likely_NU, -torch.inf)
+    return torch.logaddexp(kept_NU, fresh_logprobs_NU + log_replaced_N1)
+
+
+def kl_divergence(
+    logp_NU: Tensor, logq_NU: Tensor, *, tp_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Return KL(p||q) of each row in nats, [N] fp32, at least 0; from normalized log-probabilities.
+
+    One all-gather over `tp_group`; log-probabilities sharded, result replicated; sums in float64;
+    not differentiable. Ids without mass in p contribute nothing.
+    """
+    terms_NU = logp_NU.exp().mul_(logp_NU - logq_NU)
+    terms_NU.masked_fill_(logp_NU == -torch.inf, 0.0)  # 0 * inf, or inf - inf, is NaN
+    sum_N = all_gather(terms_NU.sum(dim=-1, dtype=torch.float64), tp_group).sum(dim=0)
+    return sum_N.clamp_min(0).float()  # below 0 by rounding alone: the sum is over all ids

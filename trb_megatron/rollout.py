@@ -280,7 +280,9 @@ class _Run:
         if self.engine.config.draft_tokens != "auto":
             return min(self.engine.config.draft_tokens + 1, remaining)
         assert self.engine.draft_costs is not None, "draft_tokens=auto needs measured costs"
-        acceptance = estimate_acceptance(self.policy.kl_budget, self.num_accepted, self.num_scanned)
+        acceptance = estimate_acceptance(
+            self.policy.least_acceptance, self.num_accepted, self.num_scanned
+        )
         num_active = max(1, self.scheduler.num_active)
         chosen = choose_num_positions(self.engine.draft_costs, acceptance, num_active)
         return min(chosen, remaining)

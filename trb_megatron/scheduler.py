@@ -172,13 +172,16 @@ class Scheduler:
         The models must do what the result says before anything else is asked of the scheduler.
         """
         admission = Admission()
+        in_flight = [s for group in self.groups for s in group.sequences]
+        num_reserved = self._num_missing(in_flight, num_new)
         while self.has_waiting and self._free_slots and len(group) < group.capacity:
             sequence = self._next()
-            if not self._make_room_for(sequence, num_new):
+            if not self._make_room_for(sequence, num_new, num_reserved):
                 assert self.num_active > 0, "one sequence does not fit into the cache"
                 break
             self._enter(sequence, admission)
             group.sequences.append(sequence)
+            num_reserved += self._num_missing([sequence], num_new)
         self.page_table.release(source for source, _ in admission.copies)
         return admission
 
@@ -212,15 +215,16 @@ class Scheduler:
             return self._new_prompts[0].waiting[0]
         return max(self._begun_prompts, key=lambda prompt: prompt.longest_response).waiting[0]
 
-    def _make_room_for(self, sequence: SequenceState, num_new: int) -> bool:
-        """Whether it can enter, if need be after forgetting prompts that are merely kept."""
+    def _make_room_for(self, sequence: SequenceState, num_new: int, num_reserved: int) -> bool:
+        """Whether it can enter, if need be after forgetting prompts that are merely kept.
+
+        `num_reserved` free pages are for those in flight.
+        """
         own = self._prompts[sequence.request.prompt_ids]
         table = self.page_table
-        in_flight = [s for group in self.groups for s in group.sequences]
-        num_missing = self._num_missing(in_flight, num_new)
+        num_shared = (len(sequence.request.prompt_ids) - 1) // table.page_tokens
+        needed = table.pages_for(len(sequence) - 1 + num_new) + num_reserved
         while True:
-            num_shared = (len(sequence.request.prompt_ids) - 1) // table.page_tokens
-            needed = table.pages_for(len(sequence) - 1 + num_new) + num_missing
             if needed - (num_shared if own.pages else 0) <= table.num_free:
                 return True
             is_alone = self.num_active == 0

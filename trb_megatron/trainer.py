@@ -4,9 +4,10 @@ One step (Plyusov et al., arXiv 2605.31159, algorithm 1):
 
 1. prompts:  take the next prompts of an endless, resumable order;
 2. rollout:  sample responses from the behavior policy, the distribution nearest the teacher within
-             the step's KL budget of the student; with a budget of zero, from the student;
+             the step's KL budget of the student (or one of its baselines, see `policies`); with a
+             budget of zero, and after the warmup, from the student;
 3. reward:   grade the responses where answers are known (reported, never trained on);
-4. teacher:  final hidden states of the teacher at every sampled prefix;
+4. teacher:  final hidden states of the teacher at every sampled prefix, unless kept from 2;
 5. train:    forward and backward of the student, microbatch by microbatch; the loss is the same in
              every step;
 6. update:   AdamW, after a check that loss and gradients are finite;
@@ -65,7 +66,14 @@ from trb_megatron.optimizer import (
     set_learning_rate,
     wrap_student,
 )
-from trb_megatron.policies import BlendPolicy, Policy, Sampling, StudentPolicy
+from trb_megatron.policies import (
+    BlendPolicy,
+    Policy,
+    Sampling,
+    SKDPolicy,
+    StudentPolicy,
+    TeacherPolicy,
+)
 from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
 from trb_megatron.report import describe_environment
 from trb_megatron.rewards import RewardWorkers
@@ -130,19 +138,19 @@ class Trainer:
         self.engine = RolloutEngine(
             self.models.student, self.models.teacher, layout, config.rollout
         )
-        if self.is_distilling:
-            self.engine.check_cache(
-                config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-                with_teacher=config.behavior.kl_budget > 0,
-                what="data.max_prompt_tokens + rollout.max_response_tokens",
-            )
         self.evaluator = Evaluator(config, self.models, self.engine, rewards, layout)
         self.timer = PhaseTimer()
         self.step = 0
         self.prompt_position = 0
         self._resume()
+        if self.is_distilling:
+            self.engine.check_cache(
+                config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+                with_teacher=self._policy().needs_teacher,
+                what="data.max_prompt_tokens + rollout.max_response_tokens",
+            )
         _write_run_folder(config)
-        if self.is_distilling and config.rollout.draft_tokens == "auto" and self._kl_budget() > 0:
+        if config.rollout.draft_tokens == "auto" and self._policy().needs_teacher:
             self.engine.draft_costs = self._draft_costs()
 
     # ------------------------------------------------------------------ the loop
@@ -169,10 +177,10 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """Do one step and return its metrics; stages as in the module docstring."""
-        kl_budget = self._kl_budget()
+        policy = self._policy()
         prompts = self._next_prompts()
         with self.timer.phase("rollout"):
-            rollouts = self._rollout(prompts, kl_budget)
+            rollouts = self._rollout(prompts, policy)
         rewards = self._score(rollouts)
         microbatches = build_microbatches(
             rollouts,
@@ -181,17 +189,15 @@ class Trainer:
             token_multiple(self.models.student.config),
         )
         with self.timer.phase("teacher"):
-            if not (self.config.rollout.keep_teacher_hidden and kl_budget > 0):
+            if not (self.config.rollout.keep_teacher_hidden and policy.needs_teacher):
                 microbatches = self._add_teacher_hidden(microbatches)
         with self.timer.phase("train"):
             loss_sums = self._forward_backward(microbatches)
             lr, grad_norm = self._update()
         metrics = self._metrics(rollouts, rewards, loss_sums)
-        metrics |= {
-            "optim/lr": lr,
-            "optim/grad_norm": grad_norm,
-            "behavior/kl_budget": kl_budget,
-        }
+        metrics |= {"optim/lr": lr, "optim/grad_norm": grad_norm}
+        if self.is_distilling and self.config.behavior.policy == "trb":
+            metrics["behavior/kl_budget"] = self._kl_budget()
         self.step += 1
         self.prompt_position += self.config.training.prompts_per_step
         return metrics
@@ -199,22 +205,34 @@ class Trainer:
     # ------------------------------------------------------------------ stages of a step
 
     def _kl_budget(self) -> float:
-        if not self.is_distilling:
-            return 0.0
         behavior = self.config.behavior
         return kl_budget_at(self.step, behavior.kl_budget, behavior.warmup_steps, behavior.schedule)
+
+    def _policy(self) -> Policy:
+        """What this step's rollouts are sampled from; after the warmup it is the student."""
+        behavior, kl_budget, sampling = self.config.behavior, self._kl_budget(), self._sampling()
+        alignment, tp_group = self.models.alignment, self.layout.tp_group
+        is_warmup = self.is_distilling and self.step < behavior.warmup_steps
+        if is_warmup and behavior.policy == "skd":
+            return SKDPolicy(
+                sampling, behavior.skd_top_k, behavior.skd_temperature, alignment, tp_group
+            )
+        if is_warmup and behavior.policy == "teacher":
+            return TeacherPolicy(sampling, alignment, tp_group)
+        if is_warmup and kl_budget > 0:
+            return BlendPolicy(sampling, kl_budget, alignment, tp_group)
+        return StudentPolicy(sampling, tp_group, alignment)
 
     def _next_prompts(self) -> list[Prompt]:
         count = self.config.training.prompts_per_step
         indices = self.order.indices(self.prompt_position, count)
         return [self.prompt_set.prompts[index] for index in indices]
 
-    def _rollout(self, prompts: Sequence[Prompt], kl_budget: float) -> list[Rollout]:
+    def _rollout(self, prompts: Sequence[Prompt], policy: Policy) -> list[Rollout]:
         """This replica's share of the responses: every dp-th of prompts x rollouts."""
         share = slice(self.layout.dp_rank, None, self.layout.dp_size)
         if not self.is_distilling:
             return [self._supervised_example(prompt) for prompt in prompts[share]]
-        sampling = self._sampling()
         count = self.config.rollout.rollouts_per_prompt
         num_seen: Counter[int] = Counter()
         requests = []
@@ -224,7 +242,7 @@ class Trainer:
             requests += [
                 Request(prompt.index, first + number, prompt.token_ids) for number in range(count)
             ]
-        return self.engine.generate(requests[share], self._policy(sampling, kl_budget), sampling)
+        return self.engine.generate(requests[share], policy, self._sampling())
 
     def _sampling(self) -> Sampling:
         return Sampling(
@@ -235,11 +253,6 @@ class Trainer:
             step=self.step,
             num_valid=self.models.tokenizer_size,
         )
-
-    def _policy(self, sampling: Sampling, kl_budget: float) -> Policy:
-        if kl_budget == 0:
-            return StudentPolicy(sampling, self.layout.tp_group, self.models.alignment)
-        return BlendPolicy(sampling, kl_budget, self.models.alignment, self.layout.tp_group)
 
     def _supervised_example(self, prompt: Prompt) -> Rollout:
         assert prompt.response_ids is not None
@@ -383,11 +396,16 @@ class Trainer:
 
     def _check_sizes(self) -> None:
         config, models = self.config, self.models
-        if config.loss.top_k > models.tokenizer_size:
-            raise ConfigError(
-                f"loss.top_k={config.loss.top_k} exceeds the vocabulary of "
-                f"{models.tokenizer_size} ids; lower it"
-            )
+        num_ids = models.tokenizer_size - len(models.alignment.removed_ids)
+        top_k = {"loss.top_k": config.loss.top_k}
+        if config.behavior.policy == "skd":
+            top_k["behavior.skd_top_k"] = config.behavior.skd_top_k
+        for key, value in top_k.items():
+            if value > num_ids:
+                raise ConfigError(
+                    f"{key}={value} exceeds the vocabulary of {num_ids} ids, "
+                    "stop ids merged; lower it"
+                )
         num_responses = config.training.prompts_per_step
         if self.is_distilling:
             num_responses *= config.rollout.rollouts_per_prompt
@@ -406,8 +424,7 @@ class Trainer:
         file = self.run_dir / "draft_costs.json"
         if file.is_file():
             return DraftCosts(**json.loads(file.read_text()))
-        sampling = self._sampling()
-        costs = self.engine.measure_draft_costs(self._policy(sampling, self._kl_budget()), sampling)
+        costs = self.engine.measure_draft_costs(self._policy(), self._sampling())
         if is_rank_zero():
             file.write_text(json.dumps(dataclasses.asdict(costs)) + "\n")
         return costs
