@@ -245,7 +245,19 @@ def test_random_cases_need_few_passes(work: Work) -> None:
     passes_N = torch.cat(work.passes)
     assert num_open > 2900
     assert passes_N.max() <= 5
-    assert passes_N.double().mean() < 2.2
+    assert passes_N.double().mean() < 2.1
+
+
+@pytest.mark.parametrize("distance", [0.02, 0.3, 2.0])
+def test_solutions_near_the_teacher(distance: float) -> None:
+    student_NV, noise_NV = build_pair(2, 1, num_rows=16, size=700)
+    teacher_NV = student_NV + distance * noise_NV
+    limit_N = kl(*(x.double().log_softmax(-1) for x in (teacher_NV, student_NV)))
+    for factor in (0.5, 0.9, 0.99, 0.999, 0.9999):
+        coef_N = solve_behavior(student_NV, teacher_NV, factor * limit_N).blend_coef
+        assert (coef_N < 1).all()
+        assert_solved(student_NV, teacher_NV, factor * limit_N, coef_N)
+    assert (solve_behavior(student_NV, teacher_NV, 1.0001 * limit_N).blend_coef == 1).all()
 
 
 SPIKES = [8, 12, 16, 20, 30, 100]
@@ -272,7 +284,7 @@ def test_nearly_deterministic_rows_need_at_most_eight_passes(height: float, work
             assert_solved(student_NV, teacher_NV, budget_N, coef_N)
     passes_N = torch.cat(work.passes)
     assert passes_N.max() <= 8
-    assert passes_N.double().mean() < 4
+    assert passes_N.double().mean() < 2.6
 
 
 def test_golden_vectors_need_few_passes(work: Work) -> None:
@@ -562,13 +574,14 @@ def build_shifted_halves() -> tuple[Tensor, Tensor]:
     return student_NV, student_NV + torch.tensor([0.0, 600.0]).repeat_interleave(10)
 
 
-def measure_moments(group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both KLs and the variance of r, whose partials are re-based, and b for extreme shards."""
+def measure_moments(group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+    """Both KLs and moments of r, whose partials are re-based, and b for extreme shards."""
     student_NU, teacher_NU = (vocab_shard(x, group) for x in build_pair(2, 3, 6, NUM_VALID + 3))
     pair = blending._gather_pair(student_NU, teacher_NU, group)
     student_NU, teacher_NU = (vocab_shard(full_NV, group) for full_NV in build_shifted_halves())
     coef_N = solve_behavior(student_NU, teacher_NU, 0.01, tp_group=group).blend_coef
-    return pair.kl_teacher_student_N, pair.kl_student_teacher_N, pair.variance_N, coef_N
+    growths = pair.at_student.growth, pair.at_teacher.growth
+    return pair.kl_teacher_student_N, pair.kl_student_teacher_N, pair.variance_N, *growths, coef_N
 
 
 def guard_widths() -> None:
@@ -622,13 +635,15 @@ def test_moments_of_the_first_round(ranks: list[dict[str, Any]]) -> None:
     logp_NV, logq_NV = (x.double().log_softmax(-1) for x in build_pair(2, 3, 6, NUM_VALID + 3))
     mean_N1 = (logp_NV.exp() * (logq_NV - logp_NV)).sum(-1, keepdim=True)
     variance_N = (logp_NV.exp() * (logq_NV - logp_NV - mean_N1) ** 2).sum(-1)
-    expected = (kl(logq_NV, logp_NV), kl(logp_NV, logq_NV), variance_N)
+    logits = build_pair(2, 3, 6, NUM_VALID + 3)
+    growths = [dense_point(*logits, torch.full((6,), coef))[0].growth for coef in (0.0, 1.0)]
+    expected = (kl(logq_NV, logp_NV), kl(logp_NV, logq_NV), variance_N, *growths)
     budget_N = torch.full((4,), 0.01, dtype=torch.float64)
     coef_N = dense_blend(*build_shifted_halves(), budget_N).blend_coef
     for result in ranks:
-        for moment_N, expected_N in zip(result["moments"][:3], expected, strict=True):
+        for moment_N, expected_N in zip(result["moments"][:-1], expected, strict=True):
             torch.testing.assert_close(moment_N, expected_N, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(result["moments"][3].double(), coef_N, rtol=1e-3, atol=0)
+        torch.testing.assert_close(result["moments"][-1].double(), coef_N, rtol=1e-3, atol=0)
 
 
 def test_alignment_and_its_gradient(ranks: list[dict[str, Any]]) -> None:
@@ -686,6 +701,19 @@ def test_draws_do_not_depend_on_tp(ranks: list[dict[str, Any]]) -> None:
         for kl_budget, draw in result["draws"].items():
             for field, expected in zip(draw, single[kl_budget], strict=True):
                 assert torch.equal(field, expected)
+
+
+def test_draws_do_not_depend_on_their_batch() -> None:
+    student_NV, teacher_NV = build_pair(2, 3, num_rows=60, size=400)
+    behavior = solve_behavior(student_NV, teacher_NV, 0.3)
+    logprobs = behavior.student.logprobs(), behavior.logprobs()
+    uniforms = counter_uniforms(3, 0, 0, 0, torch.arange(60), torch.arange(3)[:, None])
+    draw = draw_tokens(*logprobs, *uniforms, tp_group=None)
+    assert not draw.accepted.all()
+    for row in range(60):
+        rows = slice(row, row + 1)
+        alone = draw_tokens(*(x[rows] for x in logprobs), *uniforms[:, rows], tp_group=None)
+        assert all(torch.equal(a, b[rows]) for a, b in zip(alone, draw, strict=True))
 
 
 def test_without_a_budget_the_student_is_sampled(ranks: list[dict[str, Any]]) -> None:

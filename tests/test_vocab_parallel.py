@@ -142,6 +142,13 @@ def test_zero_mass_is_never_sampled(uniform: float) -> None:
     assert sampled_N.item() == (4 if uniform > 0.34 else 2)
 
 
+def test_sampling_accumulates_in_float64() -> None:
+    weights_NU = torch.full((1, 128), 1e-9)
+    weights_NU[0, 0] = 1
+    sampled_N = sample_inverse_cdf(weights_NU, torch.tensor([1 - 2**-53]).double(), tp_group=None)
+    assert sampled_N.item() == 127
+
+
 @pytest.mark.parametrize("weight", [0.0, float("nan"), float("inf")])
 def test_weights_without_a_finite_sum_are_refused(weight: float) -> None:
     weights_NU = torch.tensor([[1.0, 1.0], [weight, 0.0]])

@@ -119,9 +119,10 @@ def solve_behavior(
     rows that need a search, usually one; each reads the logits of those rows once. Logits sharded,
     budget and results replicated and bit-identical; upcast to fp32; not differentiable. Works
     through blocks of rows: beyond fp32 copies of logits that are not fp32 or have ignored columns,
-    memory is a few blocks. On a GPU the host waits once for the checks and once or twice per round
-    for the rows that are left. Raises ValueError, on all ranks alike, for a budget that is negative
-    or not finite and for a NaN, a +inf or an id that is -inf in one model only, naming the row.
+    memory is a few blocks. On a GPU the host waits for the checks, for the rows to search (once
+    per arithmetic, at first and after each round), and for `Behavior.wide_rows`; nowhere else.
+    Raises ValueError, on all ranks alike, for a budget that is negative or not finite and for a
+    NaN, a +inf or an id that is -inf in one model only, naming the row.
     """
     student_logits_NU = mask_invalid(student_logits_NU.detach(), num_valid, tp_group)
     teacher_logits_NU = mask_invalid(teacher_logits_NU.detach(), num_valid, tp_group)
