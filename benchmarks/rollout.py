@@ -6,7 +6,9 @@ Random models: student 4 layers x 128, teacher 8 layers x --teacher-width, vocab
 scaled so that the budget is active almost everywhere (see the column KL/ε). Ratios are those
 of medians over repetitions that alternate between the variants, because the machine is shared.
 "Vanilla" is what plain on-policy distillation does to collect its data: student rollouts, then one
-batched forward pass of the teacher over them.
+batched forward pass of the teacher over them. On one rank the student's rollouts alone stand beside
+`generate` of transformers with the same weights. "Predicted" are the teacher calls per token that
+the measured acceptance lets expect (`drafting.expected_tokens`).
 """
 
 import argparse
@@ -16,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,19 +41,21 @@ def main() -> None:
     parser.add_argument("--teacher-width", type=int, default=256)
     parser.add_argument("--kl-budget", type=float, default=0.01)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--page-tokens", type=int, default=64)
     options = parser.parse_args()
     torch.set_num_threads(1)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     layout = distributed.initialize(ParallelConfig(tensor_model_parallel_size=num_ranks))
     with tempfile.TemporaryDirectory() as folder:
         student = build_random_model(Path(folder) / "student", layout, layers=4, width=128, seed=0)
+        baseline = load_baseline(Path(folder) / "student") if num_ranks == 1 else None
         teacher = build_random_model(
             Path(folder) / "teacher", layout, layers=8, width=options.teacher_width, seed=1
         )
     rows = [
         row
         for num_sequences in options.sequences
-        for row in measure(student, teacher, layout, num_sequences, options)
+        for row in measure(student, teacher, baseline, layout, num_sequences, options)
     ]
     if distributed.is_rank_zero():
         print(
@@ -59,9 +64,10 @@ def main() -> None:
             f"median of {options.repetitions}\n"
         )
         print(
-            "| sequences | variant | seconds | speed-up | teacher calls/token | acceptance | KL/ε |"
+            "| sequences | variant | seconds | speed-up | teacher calls/token | predicted | "
+            "acceptance | KL/ε |"
         )
-        print("|-|-|-|-|-|-|-|")
+        print("|-|-|-|-|-|-|-|-|")
         print("\n".join(rows))
     distributed.shutdown()
 
@@ -96,9 +102,17 @@ def build_random_model(
     return ours.eval().requires_grad_(False)
 
 
+def load_baseline(folder: Path) -> Any:
+    """The student as a model of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 def measure(
     student: torch.nn.Module,
     teacher: torch.nn.Module,
+    baseline: Any,
     layout: ParallelLayout,
     num_sequences: int,
     options: argparse.Namespace,
@@ -110,7 +124,8 @@ def measure(
     from trb_megatron.rollout import RolloutEngine
     from trb_megatron.scheduler import Request
 
-    sampling = Sampling(1.0, options.response_tokens, (STOP_ID,), 0, 0, VOCAB_SIZE)
+    # No token ends a response, so that all variants do the same work.
+    sampling = Sampling(1.0, options.response_tokens, (), 0, 0, VOCAB_SIZE)
     alignment = StopAlignment((STOP_ID,), (STOP_ID,))
     blend = BlendPolicy(sampling, options.kl_budget, alignment, layout.tp_group)
     torch.manual_seed(7)
@@ -119,7 +134,11 @@ def measure(
 
     def build_engine(drafts: str) -> RolloutEngine:
         draft_tokens = "auto" if drafts == "auto" else int(drafts)
-        config = RolloutConfig(max_sequences=num_sequences, draft_tokens=draft_tokens)
+        config = RolloutConfig(
+            max_sequences=num_sequences,
+            draft_tokens=draft_tokens,
+            page_tokens=options.page_tokens,
+        )
         engine = RolloutEngine(student, teacher, layout, config)
         if drafts == "auto":
             engine.draft_costs = engine.measure_draft_costs(blend, sampling)
@@ -127,20 +146,41 @@ def measure(
 
     engines = {drafts: build_engine(drafts) for drafts in options.drafts}
 
-    def collect_vanilla() -> list:
+    def roll_out_student() -> list:
         policy = StudentPolicy(sampling, layout.tp_group)
-        rollouts = engines[options.drafts[0]].generate(requests, policy, sampling)
+        return engines[options.drafts[0]].generate(requests, policy, sampling)
+
+    def collect_vanilla() -> list:
+        rollouts = roll_out_student()
         for hidden_NH in forward_hidden(teacher, build_microbatches(rollouts, 8192, layout.device)):
             teacher.project(hidden_NH)
         return rollouts
 
-    variants: dict[str, Callable[[], list]] = {
+    @torch.no_grad()
+    def generate_baseline() -> list:
+        prompt_ids = torch.tensor(prompts)
+        count = options.response_tokens
+        return baseline.generate(
+            prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            pad_token_id=0,
+        )
+
+    variants: dict[str, Callable[[], Any]] = {
         "token by token" if drafts == "0" else f"{drafts} drafts": (
             lambda engine=engine: engine.generate(requests, blend, sampling)
         )
         for drafts, engine in engines.items()
     }
+    blended = list(variants)
     variants["vanilla"] = collect_vanilla
+    if baseline is not None:
+        variants["student alone"] = roll_out_student
+        variants["transformers"] = generate_baseline
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     rollouts = {name: variant() for name, variant in variants.items()}  # warm up
     for _ in range(options.repetitions):
@@ -149,31 +189,30 @@ def measure(
             started = time.perf_counter()
             variant()
             seconds[name].append(time.perf_counter() - started)
-    blended = [name for name in variants if name != "vanilla"]
     tokens = {name: [r.response_ids for r in rollouts[name]] for name in blended}
     assert all(tokens[name] == tokens[blended[0]] for name in blended), "drafts changed the tokens"
     yardstick = statistics.median(seconds[blended[0]])
+    details = {name: describe(rollouts[name], name, options) for name in blended}
     return [
-        describe(num_sequences, name, statistics.median(times), yardstick, rollouts[name], options)
+        f"| {num_sequences} | {name} | {statistics.median(times):.2f} | "
+        f"{yardstick / statistics.median(times):.2f} | {details.get(name, '- | - | - | -')} |"
         for name, times in seconds.items()
     ]
 
 
-def describe(
-    num_sequences: int,
-    name: str,
-    seconds: float,
-    yardstick: float,
-    rollouts: list,
-    options: argparse.Namespace,
-) -> str:
-    """One row of the table."""
+def describe(rollouts: list, name: str, options: argparse.Namespace) -> str:
+    """Teacher calls per token, as counted and as predicted, acceptance, and use of the budget."""
+    from trb_megatron.drafting import expected_tokens
+
     num_tokens = sum(len(r.response_ids) for r in rollouts)
     calls = sum(r.teacher_calls for r in rollouts) / num_tokens
-    accepted = torch.cat([r.record.accepted for r in rollouts]).double().mean()
+    accepted = float(torch.cat([r.record.accepted for r in rollouts]).double().mean())
     active = torch.cat([r.record.kl_student for r in rollouts]).mean() / options.kl_budget
-    details = "- | - | -" if name == "vanilla" else f"{calls:.3f} | {accepted:.3f} | {active:.3f}"
-    return f"| {num_sequences} | {name} | {seconds:.2f} | {yardstick / seconds:.2f} | {details} |"
+    predicted = "-"
+    if name != "auto drafts":
+        num_drafts = 0 if name == "token by token" else int(name.split()[0])
+        predicted = f"{1 / expected_tokens(accepted, num_drafts + 1):.3f}"
+    return f"{calls:.3f} | {predicted} | {accepted:.3f} | {active:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A paged, ragged key/value cache that Megatron's attention accepts as its inference context.
+"""A paged, ragged key/value cache, which Megatron's model takes for its inference context.
 
 Sequences of different lengths are packed into one row of tokens. Each cache *slot* holds one
 sequence; its tokens live in pages of `page_tokens` tokens, which are handed out as the sequence
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -246,15 +245,12 @@ class PageTable:
 
 
 class PagedKVCache:
-    """Keys and values of one model's layers on this rank: a Megatron inference context.
+    """Keys and values of one model's layers on this rank.
 
-    Megatron's attention calls the methods below (it never checks the type). Memory is
-    `bytes_per_token` for each of (pages + 1) * page_tokens tokens.
+    Megatron's model takes it for its inference context (it never checks the type) and hands it to
+    the layers (`models.PagedTransformerLayer`). Memory is `bytes_per_token` for each of
+    (pages + 1) * page_tokens tokens.
     """
-
-    use_flashinfer_fused_rope = False
-    num_speculative_tokens = 0
-    materialize_only_last_token_logits = False
 
     def __init__(self, config: TransformerConfig, num_layers: int, page_table: PageTable) -> None:
         pages = (page_table.num_pages + 1) * page_table.page_tokens
@@ -287,6 +283,37 @@ class PagedKVCache:
             pages = pool.unflatten(1, (-1, self._page_tokens))
             pages[:, list(targets)] = pages[:, list(sources)]
 
+    def rotate(self, heads_N1hd: Tensor, angles: Tensor) -> Tensor:
+        """Rotate queries or keys by each token's position; `angles` is [max_tokens, 1, 1, d].
+
+        The same as Megatron's `apply_rotary_pos_emb`, but the angles' cosines and sines are
+        computed once for all layers.
+        """
+        if self._rotation is None:
+            angles_N11d = angles[self.batch.positions_N]
+            dtype = heads_N1hd.dtype
+            self._rotation = angles_N11d.cos().to(dtype), angles_N11d.sin().to(dtype)
+        cos_N11d, sin_N11d = self._rotation
+        first, second = heads_N1hd.chunk(2, dim=-1)
+        return heads_N1hd * cos_N11d + torch.cat((-second, first), dim=-1) * sin_N11d
+
+    def append(self, layer: int, keys_N1gd: Tensor, values_N1gd: Tensor) -> None:
+        """Store keys and values of the new tokens; layers count from 1 on this pipeline stage."""
+        index_N = self.batch.cache_index_N
+        self._keys[layer - 1].index_copy_(0, index_N, keys_N1gd.squeeze(1))
+        self._values[layer - 1].index_copy_(0, index_N, values_N1gd.squeeze(1))
+
+    def pools(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, [pages, page_tokens, g, d]."""
+        paged = (-1, self._page_tokens)
+        return self._keys[layer - 1].unflatten(0, paged), self._values[layer - 1].unflatten(
+            0, paged
+        )
+
+    # What Megatron's model asks of an inference context before it comes to the layers.
+    use_flashinfer_fused_rope = False
+    num_speculative_tokens = 0
+
     def is_static_batching(self) -> bool:
         return False
 
@@ -299,57 +326,6 @@ class PagedKVCache:
     @property
     def padding_slice(self) -> slice:
         return slice(self.batch.num_tokens, None)
-
-    def apply_rotary_emb_query(
-        self,
-        query: Tensor,
-        rotary: Tensor,
-        config: TransformerConfig,
-        cu_seqlens: Tensor | None,
-        cp_group: Any,
-        **_: Any,
-    ) -> Tensor:
-        """Rotate [N, 1, heads, d] by each token's position; `rotary` is [max_tokens, 1, 1, d].
-
-        The same as Megatron's `apply_rotary_pos_emb`, but the angles' cosines and sines are
-        computed once for all layers.
-        """
-        if self._rotation is None:
-            angles_N11d = rotary[self.batch.positions_N]
-            self._rotation = angles_N11d.cos().to(query.dtype), angles_N11d.sin().to(query.dtype)
-        cos_N11d, sin_N11d = self._rotation
-        first, second = query.chunk(2, dim=-1)
-        return query * cos_N11d + torch.cat((-second, first), dim=-1) * sin_N11d
-
-    def apply_rotary_emb_key(
-        self, key: Tensor, rotary: Tensor, config: TransformerConfig, cp_group: Any, **_: Any
-    ) -> Tensor:
-        """Rotate [N, 1, g, d] by the position of each token."""
-        return self.apply_rotary_emb_query(key, rotary, config, None, cp_group)
-
-    def append_key_value_cache(self, layer: int, key: Tensor, value: Tensor, **_: Any) -> None:
-        """Store [N, 1, g, d] of the new tokens; layers count from 1 on this pipeline stage."""
-        index_N = self.batch.cache_index_N
-        self._keys[layer - 1].index_copy_(0, index_N, key.squeeze(1))
-        self._values[layer - 1].index_copy_(0, index_N, value.squeeze(1))
-
-    def key_value_cache(self, layer: int) -> tuple[Tensor, Tensor, RaggedBatch]:
-        """The pools [pages, page_tokens, g, d] of a layer, and the batch.
-
-        Megatron hands the third, in its own contexts a block table, to the attention unseen.
-        """
-        paged = (-1, self._page_tokens)
-        keys, values = self._keys[layer - 1], self._values[layer - 1]
-        return keys.unflatten(0, paged), values.unflatten(0, paged), self.batch
-
-    def cu_query_lengths(self) -> tuple[Tensor, int]:
-        """Cumulative new-token counts [S + 1], int32, and the largest count."""
-        return self.batch.cu_query_lengths, self.batch.max_query_length
-
-    def cu_kv_lengths(self) -> tuple[Tensor, Tensor, int]:
-        """Cumulative lengths [S + 1] and lengths [S], int32, and the largest length."""
-        batch = self.batch
-        return batch.cu_kv_lengths, batch.kv_lengths_S.int(), batch.max_kv_length
 
 
 def _head_shape(config: TransformerConfig) -> tuple[int, int]:

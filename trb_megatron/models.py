@@ -34,11 +34,12 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.hf_checkpoint import CheckpointError, read_json
-from trb_megatron.kv_cache import RaggedBatch
+from trb_megatron.kv_cache import PagedKVCache
 from trb_megatron.paged_attention import paged_attention
 from trb_megatron.param_mapping import FAMILIES, ModelShape, has_parameter
 
@@ -258,53 +259,71 @@ class RowLinear(RowParallelLinear):
         return output, None
 
 
-# The attention asserts a flash-attention package before it calls the kernel that
-# `PagedSelfAttention` replaces; the name exists in all supported versions.
-megatron_attention.is_fa_min_version = lambda *args, **kwargs: True
-
 # The router compares this with None, but 0.16 leaves it undefined without Transformer Engine.
 if not HAVE_TE:
     moe_utils.te_general_gemm = None
 
 
-class PagedSelfAttention(SelfAttention):
-    """Megatron's self-attention over the paged cache, on any device.
+class PagedTransformerLayer(TransformerLayer):
+    """Megatron's dense or expert layer, pre-norm and without dropout, over a paged cache.
 
-    Where flash-attention can read the pages Megatron's own call of it is used.
+    Without a cache it is Megatron's own. With one it is the same computation in fewer steps:
+    Megatron's branches for the features that these models lack cost a fifth of a decoding step.
     """
 
-    def flash_decode_and_prefill(
+    def forward(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        seqlens_k: Tensor,
-        block_table: RaggedBatch,
-        is_decode_only: bool,
-        **versions: Any,
-    ) -> Tensor:
-        batch = block_table
-        if flash_attention_version(q.device, q.dtype) is None:
-            scale = self.config.softmax_scale or self.hidden_size_per_attention_head**-0.5
-            return paged_attention(q, k, v, batch, scale)
-        return super().flash_decode_and_prefill(
-            q,
-            k,
-            v,
-            max_seqlen_q,
-            max_seqlen_k,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            seqlens_k,
-            batch.block_table_SP.int(),
-            # The kernel for decoding wants one row for each sequence, without padding.
-            is_decode_only and len(q) == batch.num_tokens,
-            **versions,
+        hidden_states: Tensor,
+        *args: Any,
+        inference_context: PagedKVCache | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [N, 1, H] (or [N / tp, 1, H]) after the layer, and no context."""
+        if inference_context is None:
+            return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        assert rotary_pos_emb is not None
+        attended = self.self_attention.attend(
+            self.input_layernorm(hidden_states), inference_context, rotary_pos_emb
         )
+        hidden_states = hidden_states + attended
+        output, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + output, None
+
+
+class PagedSelfAttention(SelfAttention):
+    """Megatron's self-attention, with another way in for tokens whose past is in a paged cache."""
+
+    def attend(self, hidden_N1H: Tensor, cache: PagedKVCache, angles: Tensor) -> Tensor:
+        """Store keys and values of new tokens, and attend to all that the cache holds; [N, 1, H].
+
+        Megatron's own call of flash-attention is used where it can read the pages. `angles` are
+        the rotary embedding's, [max_tokens, 1, 1, d].
+        """
+        query, key, value = self.get_query_key_value_tensors(hidden_N1H)
+        query, key = cache.rotate(query, angles), cache.rotate(key, angles)
+        cache.append(self.layer_number, key, value)
+        keys, values = cache.pools(self.layer_number)
+        if flash_attention_version(query.device, query.dtype) is None:
+            scale = self.hidden_size_per_attention_head**-0.5
+            context = paged_attention(query, keys, values, cache.batch, scale)
+        else:
+            batch = cache.batch
+            context = self.flash_decode_and_prefill(
+                query,
+                keys,
+                values,
+                batch.max_query_length,
+                batch.max_kv_length,
+                batch.cu_query_lengths,
+                batch.cu_kv_lengths,
+                batch.kv_lengths_S.int(),
+                batch.block_table_SP.int(),
+                # The kernel for decoding wants one row for each sequence, without padding.
+                batch.max_query_length == 1 and len(query) == batch.num_tokens,
+            )
+        output, _ = self.linear_proj(context.flatten(2))
+        return output
 
 
 def flash_attention_version(device: torch.device, dtype: torch.dtype) -> int | None:
@@ -497,6 +516,7 @@ def _layer_specs(config: TransformerConfig, on_gpu: bool) -> TransformerBlockSub
             # shall have the same names.
             del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         final_norm = RMSNorm
+    spec.module = PagedTransformerLayer
     spec.submodules.self_attention.module = PagedSelfAttention
     return TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=final_norm
