@@ -36,7 +36,9 @@ class CachedModel:
         self, model: HiddenStateGPTModel, page_table: PageTable, layout: ParallelLayout
     ) -> None:
         self.model = model
-        self.cache = PagedKVCache(model.config, len(model.decoder.layers), page_table)
+        first = model.decoder.layers[0].layer_number
+        layer_numbers = range(first, first + len(model.decoder.layers))
+        self.cache = PagedKVCache(model.config, layer_numbers, page_table)
         self._link = StageLink(layout)
         self._layout = layout
 

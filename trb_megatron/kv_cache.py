@@ -250,11 +250,17 @@ class PagedKVCache:
     Megatron's model takes it for its inference context (it never checks the type) and hands it to
     the layers (`models.PagedTransformerLayer`). Memory is `bytes_per_token` for each of
     (pages + 1) * page_tokens tokens.
+
+    Args:
+        layer_numbers: of the layers on this pipeline stage, as they count in the model.
     """
 
-    def __init__(self, config: TransformerConfig, num_layers: int, page_table: PageTable) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_numbers: range, page_table: PageTable
+    ) -> None:
         pages = (page_table.num_pages + 1) * page_table.page_tokens
-        pool = (num_layers, pages, *_head_shape(config))
+        pool = (len(layer_numbers), pages, *_head_shape(config))
+        self._first_layer = layer_numbers.start
         self._keys = torch.zeros(pool, dtype=config.params_dtype, device=page_table.device)
         self._values = torch.zeros_like(self._keys)
         self._page_tokens = page_table.page_tokens
@@ -298,17 +304,15 @@ class PagedKVCache:
         return heads_N1hd * cos_N11d + torch.cat((-second, first), dim=-1) * sin_N11d
 
     def append(self, layer: int, keys_N1gd: Tensor, values_N1gd: Tensor) -> None:
-        """Store keys and values of the new tokens; layers count from 1 on this pipeline stage."""
-        index_N = self.batch.cache_index_N
-        self._keys[layer - 1].index_copy_(0, index_N, keys_N1gd.squeeze(1))
-        self._values[layer - 1].index_copy_(0, index_N, values_N1gd.squeeze(1))
+        """Store keys and values of the new tokens, in the layer of this number in the model."""
+        index_N, row = self.batch.cache_index_N, layer - self._first_layer
+        self._keys[row].index_copy_(0, index_N, keys_N1gd.squeeze(1))
+        self._values[row].index_copy_(0, index_N, values_N1gd.squeeze(1))
 
     def pools(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer, [pages, page_tokens, g, d]."""
-        paged = (-1, self._page_tokens)
-        return self._keys[layer - 1].unflatten(0, paged), self._values[layer - 1].unflatten(
-            0, paged
-        )
+        paged, row = (-1, self._page_tokens), layer - self._first_layer
+        return self._keys[row].unflatten(0, paged), self._values[row].unflatten(0, paged)
 
     # What Megatron's model asks of an inference context before it comes to the layers.
     use_flashinfer_fused_rope = False
