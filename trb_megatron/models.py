@@ -270,19 +270,22 @@ class HiddenStateGPTModel(GPTModel):
             hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
         )
 
+    @property
+    def output_weight(self) -> Any:
+        """This rank's rows [U, H] of the output weight, tied or not; on the last stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
     def project(self, hidden: Tensor) -> Tensor:
         """Vocabulary-parallel logits [..., U] of gathered hidden states [..., H], in their type.
 
         Differentiable: the gradient of the replicated `hidden` is all-reduced over the
         tensor-parallel group, that of the weight shard is local.
         """
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        else:
-            weight = self.output_layer.weight
         return linear_with_grad_accumulation_and_async_allreduce(
             hidden,
-            weight,
+            self.output_weight,
             None,
             gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
             allreduce_dgrad=self.config.tensor_model_parallel_size > 1,

@@ -32,7 +32,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from trb_megatron.batch import Microbatch, Rollout, build_microbatches
-from trb_megatron.blending import align_stop_ids, kl_budget_at
+from trb_megatron.blending import kl_budget_at
 from trb_megatron.checkpoint import (
     TrainingState,
     find_checkpoints,
@@ -54,8 +54,9 @@ from trb_megatron.distributed import ParallelLayout, gather_from_leaders, is_ran
 from trb_megatron.drafting import DraftCosts
 from trb_megatron.evaluate import Evaluator
 from trb_megatron.forward import forward_backward, forward_hidden
+from trb_megatron.fused_loss import OutputLayer, fused_loss
 from trb_megatron.hf_weights import save_hf_checkpoint
-from trb_megatron.loss import LOSSES
+from trb_megatron.loss import LossOptions
 from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
 from trb_megatron.models import token_multiple
@@ -276,37 +277,34 @@ class Trainer:
 
     def _loss(self, hidden_NH: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss over the sampled tokens of a microbatch, and sums of its metrics."""
-        student, teacher, loss = self.models.student, self.models.teacher, self.config.loss
-        alignment, tp_group = self.models.alignment, self.layout.tp_group
-        student_logits_NU = student.project(hidden_NH) / loss.temperature
-        teacher_logits_NU = None
-        if teacher is not None:
+        models, loss = self.models, self.config.loss
+        teacher, alignment = None, None
+        if models.teacher is not None:
             assert microbatch.teacher_hidden_NH is not None
-            with torch.no_grad():
-                teacher_logits_NU = align_stop_ids(
-                    teacher.project(microbatch.teacher_hidden_NH) / loss.temperature,
-                    alignment.teacher_ids,
-                    alignment,
-                    tp_group=tp_group,
-                )
-            student_logits_NU = align_stop_ids(
-                student_logits_NU, alignment.student_ids, alignment, tp_group=tp_group
-            )
+            teacher = OutputLayer(microbatch.teacher_hidden_NH, models.teacher.output_weight)
+            alignment = models.alignment
+        weight = models.student.output_weight
         veto_remaining = 1.0 - self.step / self.config.training.steps
-        output = LOSSES[loss.name](
-            student_logits_NU,
-            teacher_logits_NU,
-            tp_group=tp_group,
-            num_valid=self.models.tokenizer_size,
-            top_k=loss.top_k,
-            jsd_weight=loss.jsd_weight,
-            veto_coef=loss.veto_coef * veto_remaining,
+        output = fused_loss(
+            loss.name,
+            OutputLayer(hidden_NH, weight),
+            teacher,
+            options=LossOptions(
+                top_k=loss.top_k,
+                temperature=loss.temperature,
+                jsd_weight=loss.jsd_weight,
+                veto_coef=loss.veto_coef * veto_remaining,
+            ),
+            tp_group=self.layout.tp_group,
+            num_valid=models.tokenizer_size,
+            alignment=alignment,
             sampled_ids=microbatch.labels_N,
+            weight_grad_UH=weight.main_grad,
+            workspace_bytes=loss.workspace_mb * 2**20,
         )
-        loss_sum = output.per_token.sum()
-        self._loss_is_finite &= bool(loss_sum.isfinite())
+        self._loss_is_finite &= bool(output.loss_sum.isfinite())
         sums = {f"loss/{name}": values.sum() for name, values in output.metrics.items()}
-        return loss_sum, {"loss": loss_sum.detach(), **sums}
+        return output.loss_sum, {"loss": output.loss_sum.detach(), **sums}
 
     def _finalize_gradients(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
         """Stop on a non-finite loss or gradient while it is known whose it is, then reduce."""

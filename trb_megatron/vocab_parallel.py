@@ -48,16 +48,30 @@ def mask_invalid(
     Raises ValueError unless 1 <= num_valid <= V.
     """
     logits_NU = logits_NU.float()
-    if num_valid is None:
-        return logits_NU
-    start, stop = vocab_range(logits_NU.shape[-1], tp_group)
-    if not 1 <= num_valid <= vocab_size(logits_NU.shape[-1], tp_group):
-        raise ValueError(f"num_valid={num_valid} is outside the vocabulary of the shards")
-    if stop <= num_valid:
+    if _num_valid_columns(logits_NU.shape[-1], num_valid, tp_group) == logits_NU.shape[-1]:
         return logits_NU
     masked_NU = logits_NU.clone()
-    masked_NU[:, max(num_valid - start, 0) :] = -torch.inf
+    mask_invalid_(masked_NU, num_valid, tp_group)
     return masked_NU
+
+
+def mask_invalid_(
+    logits_NU: Tensor, num_valid: int | None, tp_group: dist.ProcessGroup | None
+) -> None:
+    """`mask_invalid` in place, in the type of the logits."""
+    logits_NU[:, _num_valid_columns(logits_NU.shape[-1], num_valid, tp_group) :] = -torch.inf
+
+
+def _num_valid_columns(
+    local_width: int, num_valid: int | None, tp_group: dist.ProcessGroup | None
+) -> int:
+    """How many columns of this shard are among the first `num_valid` of all shards."""
+    if num_valid is None:
+        return local_width
+    if not 1 <= num_valid <= vocab_size(local_width, tp_group):
+        raise ValueError(f"num_valid={num_valid} is outside the vocabulary of the shards")
+    start, _ = vocab_range(local_width, tp_group)
+    return min(max(num_valid - start, 0), local_width)
 
 
 @dataclass(frozen=True)
