@@ -5,9 +5,13 @@ mu is the distribution closest to the teacher, in KL(mu||q), within KL(mu||p) <=
 student: mu ~ p^(1-b) q^b at the largest b in [0, 1] that keeps the budget (Plyusov et al., arXiv
 2605.31159).
 
-Shapes: N rows (prefixes), M a subset of them, J candidates per row, K ids of a row, R ranks of the
-tensor-parallel group, V full vocabulary, U this rank's shard. An id that is -inf in both models
-does not exist.
+The solver knows the moments of r at both ends of the path from one look at the logits. From them
+it predicts b, evaluates the blend there, and takes the remaining small step by a Taylor expansion
+whose error is bounded; only where the bound is too large it looks at the logits once more.
+
+Shapes: N rows (prefixes), M a subset of them, J candidates per row, F fields of a `_Point`, K ids
+of a row, R ranks of the tensor-parallel group, V full vocabulary, U this rank's shard. An id that
+is -inf in both models does not exist.
 """
 
 import math
@@ -17,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.linalg import vecdot
 
 from trb_megatron.vocab_parallel import (
     FLOAT32_MIN,
@@ -27,23 +32,27 @@ from trb_megatron.vocab_parallel import (
     gather_at,
     mask_invalid,
     raise_at_row,
+    row_blocks,
+    rows_per_block,
     sample_inverse_cdf,
     shard_softmax,
     vocab_range,
     vocab_size,
 )
 
-# A row is settled when its KL is between (1 - 2 * this) * budget and the budget.
+# The search aims this far below the budget, and a last step may err by as much: a row's KL ends
+# between (1 - 2 * this) * budget and the budget.
 _RELATIVE_TOLERANCE = 1e-5
-# fp32 evaluates the KL of a blend to about this times its square root.
-_FLOAT32_NOISE = 3e-8
-# Newton settles typical rows in two or three rounds. The others (a nearly deterministic model) have
-# a KL that jumps from almost 0 to large values, and get a grid of candidates per round instead.
-_NUM_NEWTON_ROUNDS = 3
+# One predicted b per round settles almost all rows. What is left after three has a KL that climbs
+# in jumps (nearly deterministic models), and gets a grid of candidates per round.
+_NUM_PREDICTED_ROUNDS = 3
 _NUM_GRID_ROUNDS = 4
 _NUM_GRID_POINTS = 8
-# Beyond this |r| the rounding of fp32 log-weights shows in the KL: such rows are done in float64.
-_FLOAT32_MAX_RATIO = 256.0
+# Above this |r| sums over e^r overflow fp32, and rounding of r shows in the KL: such rows are done
+# in float64.
+_FLOAT32_MAX_RATIO = 64.0
+# Keeps logarithms of a variance finite.
+_LEAST_VARIANCE = 1e-290
 # A residual mass below this is rounding of fp32 log-probabilities.
 _RESIDUAL_FLOOR = 1e-6
 
@@ -71,31 +80,24 @@ class Behavior:
         """Return log mu on this shard, [N, U] fp32, -inf at ids that do not exist.
 
         Bitwise the student's log-softmax where b = 0 and the teacher's where b = 1. No
-        communication, not differentiable.
+        communication, not differentiable. Besides the result it holds one block of rows.
         """
-        coef_N1, log_partition_N1 = self.blend_coef[:, None], self.log_partition_N[:, None]
-        logprobs_NU = _blend(
-            self.student.logprobs(), self.teacher.logprobs(), coef_N1, log_partition_N1
-        )
+        logprobs_NU = torch.empty_like(self.student.logits_NU)
+        for rows in row_blocks(logprobs_NU):
+            logprobs_NU[rows] = self._blend(rows, torch.float32)
         if len(self.wide_rows) > 0:
-            rows = self.wide_rows
-            logprobs_NU[rows] = _blend(
-                self.student.logprobs(rows, torch.float64),
-                self.teacher.logprobs(rows, torch.float64),
-                coef_N1[rows],
-                log_partition_N1[rows],
-            ).float()
+            logprobs_NU[self.wide_rows] = self._blend(self.wide_rows, torch.float64).float()
         return logprobs_NU
 
-
-def _blend(
-    student_NU: Tensor, teacher_NU: Tensor, coef_N1: Tensor, log_partition_N1: Tensor
-) -> Tensor:
-    coef_N1 = coef_N1.to(student_NU.dtype)
-    blend_NU = (1 - coef_N1) * student_NU + coef_N1 * teacher_NU
-    blend_NU -= log_partition_N1.to(student_NU.dtype)
-    # 0 * -inf is NaN at ids that do not exist.
-    return blend_NU.masked_fill_(student_NU == -torch.inf, -torch.inf)
+    def _blend(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        blend_MU = torch.lerp(
+            self.student.logprobs(rows, dtype),
+            self.teacher.logprobs(rows, dtype),
+            self.blend_coef[rows, None].to(dtype),
+        )
+        blend_MU -= self.log_partition_N[rows, None].to(dtype)
+        # -inf - (-inf) is NaN at ids that do not exist.
+        return blend_MU.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def solve_behavior(
@@ -112,33 +114,83 @@ def solve_behavior(
     shards, are ignored whatever they hold. A budget of 0 gives the student (b = 0) and a budget of
     at least KL(q||p) the teacher (b = 1); otherwise the result is on the feasible side.
 
-    One all-gather over `tp_group` for the moments, then at most seven more for the rows that need a
-    search; logits sharded, budget and results replicated and bit-identical; upcast to fp32; not
-    differentiable. Raises ValueError, on all ranks alike, for a budget that is negative or not
-    finite and for a NaN, a +inf or an id that is -inf in one model only, naming the row.
+    One all-gather over `tp_group` for the moments of both ends, then at most seven more for the
+    rows that need a search, usually one; each reads the logits of those rows once. Logits sharded,
+    budget and results replicated and bit-identical; upcast to fp32; not differentiable. Works
+    through blocks of rows: beyond fp32 copies of logits that are not fp32 or have ignored columns,
+    memory is a few blocks. On a GPU the host waits once for the checks and once or twice per round
+    for the rows that are left. Raises ValueError, on all ranks alike, for a budget that is negative
+    or not finite and for a NaN, a +inf or an id that is -inf in one model only, naming the row.
     """
     student_logits_NU = mask_invalid(student_logits_NU.detach(), num_valid, tp_group)
     teacher_logits_NU = mask_invalid(teacher_logits_NU.detach(), num_valid, tp_group)
-    budget_N = _validate_budget(kl_budget, student_logits_NU)
+    budget = torch.as_tensor(kl_budget, dtype=torch.float64, device=student_logits_NU.device)
+    budget_N = budget.expand(len(student_logits_NU))
     pair = _gather_pair(student_logits_NU, teacher_logits_NU, tp_group)
-    state = _SolverState(pair, budget_N)
-    search_M = state.rows_to_search()
-    if len(search_M) > 0:
-        _search(state, pair, search_M, tp_group)
-    return state.behavior()
-
-
-def _validate_budget(kl_budget: float | Tensor, logits_NU: Tensor) -> Tensor:
-    budget = torch.as_tensor(kl_budget, dtype=torch.float64, device=logits_NU.device)
-    budget_N = budget.expand(len(logits_NU))
     raise_at_row(
-        ~((budget_N >= 0) & (budget_N < torch.inf)), "kl_budget is negative, infinite or NaN"
+        {
+            "kl_budget is negative, infinite or NaN": ~((budget_N >= 0) & (budget_N < torch.inf)),
+            **pair.student.problems("student"),
+            **pair.teacher.problems("teacher"),
+            "logits are -inf in one model only": pair.is_lopsided_N,
+        }
     )
-    return budget_N
+    return _search(pair, budget_N, tp_group)
+
+
+class _Point(NamedTuple):
+    """The blend at one b per row; each field is [M] (or [M, J]) float64, packed they are [F, M].
+
+    r is centered here: E_p r = 0. log p lacks the student's log-normalizer.
+    """
+
+    coef: Tensor
+    kl: Tensor  # KL(mu||p)
+    log_partition: Tensor  # log E_p e^(b*r)
+    mean: Tensor  # E_mu r
+    log_variance: Tensor  # log Var_mu r
+    growth: Tensor  # its derivative: the third central moment over the variance
+    mean_logp: Tensor  # E_mu log p
+    slope_logp: Tensor  # its derivative: Cov_mu(log p, r)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.log_variance.exp()
+
+    def step_to(self, target: Tensor, max_ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """The step in b to KL = target by the second-order Taylor expansion, and a bound on the
+        error of the KL there; not a number, or infinite, where there is none.
+
+        KL' = b*v and KL'' = v + b*k3; the third derivative is 2*k3 + b*k4. With D = 2 max |r|, no
+        value of r is farther than D from its mean, so |k3| <= D*v, |k4| <= D^2*v, and v grows at
+        most by e^(D |step|).
+        """
+        variance, gap = self.variance, target - self.kl
+        slope, curvature = self.coef * variance, variance * (1 + self.coef * self.growth)
+        step = gap / slope
+        for _ in range(2):
+            step = gap / (slope + curvature / 2 * step)
+        spread, size = 2 * max_ratio, step.abs()
+        third = spread * (2 + self.coef * spread) * variance * (spread * size).exp()
+        return step, third * size**3 / 6
+
+    def moved_by(self, step: Tensor) -> "_Point":
+        """The Taylor expansion at b + step, without the variance's."""
+        variance = self.variance
+        third = variance * self.growth
+        slope, curvature = self.coef * variance, variance + self.coef * third
+        return self._replace(
+            coef=self.coef + step,
+            kl=self.kl + step * (slope + step * curvature / 2),
+            log_partition=self.log_partition
+            + step * (self.mean + step * (variance / 2 + step * third / 6)),
+            mean=self.mean + step * (variance + step * third / 2),
+            mean_logp=self.mean_logp + step * self.slope_logp,
+        )
 
 
 class _Pair(NamedTuple):
-    """Student and teacher normalized, with the moments of r that the first round gives."""
+    """Student and teacher normalized, and what the first round tells of the path between them."""
 
     student: Softmax
     teacher: Softmax
@@ -147,314 +199,503 @@ class _Pair(NamedTuple):
     center_N: Tensor  # mean under p of (z_T - max z_T) - (z_S - max z_S)
     variance_N: Tensor  # of r, under p
     max_ratio_N: Tensor  # at least max |r - E_p r|
+    is_lopsided_N: Tensor  # whether an id is -inf in one model only
+    base_6N: Tensor  # sums under exp_S, as in `_Block.sums`, at b = 0
+    at_student: _Point
+    at_teacher: _Point
+
+
+class _FirstPartials(NamedTuple):
+    """Sums over one shard; e = exp(z - its max), w = (z_T - max z_T) - (z_S - max z_S)."""
+
+    max: Tensor
+    sum: Tensor  # of e_S
+    logp: Tensor  # of e_S * (z_S - max)
+    max_t: Tensor
+    sum_t: Tensor
+    logp_t: Tensor
+    mean: Tensor  # of w under e_S
+    second: Tensor  # of e_S * (w - mean)^2
+    third: Tensor  # of e_S * (w - mean)^3
+    cross: Tensor  # of e_S * (w - mean) * (z_S - max)
+    mean_t: Tensor  # of w under e_T
+    second_t: Tensor
+    third_t: Tensor
+    least: Tensor  # smallest and largest w
+    most: Tensor
+
+    @classmethod
+    def of_block(cls, student_NU: Tensor, teacher_NU: Tensor) -> Tensor:
+        """[15, N] float64."""
+        student, teacher = shard_softmax(student_NU), shard_softmax(teacher_NU)
+        ratio_NU = teacher.shifted_NU - student.shifted_NU
+        least_N, most_N = ratio_NU.amin(dim=-1), ratio_NU.amax(dim=-1)
+        # Centered on the shard's own means, the sums do not cancel where r hardly varies.
+        mean_N = _center(ratio_NU, student)
+        weighted_NU = student.exp_NU * ratio_NU
+        second_N = vecdot(weighted_NU, ratio_NU)
+        cross_N = vecdot(weighted_NU, student.shifted_NU)
+        third_N = vecdot(weighted_NU.mul_(ratio_NU), ratio_NU)
+        mean_t_N = mean_N + _center(ratio_NU, teacher)
+        torch.mul(teacher.exp_NU, ratio_NU, out=weighted_NU)
+        second_t_N = vecdot(weighted_NU, ratio_NU)
+        third_t_N = vecdot(weighted_NU.mul_(ratio_NU), ratio_NU)
+        moments = (mean_N, second_N, third_N, cross_N, mean_t_N, second_t_N, third_t_N)
+        columns = torch.stack((*moments, least_N, most_N)).double()
+        return torch.cat((student.partials_N3.T, teacher.partials_N3.T, columns))
+
+
+def _center(ratio_NU: Tensor, shard: ShardSoftmax) -> Tensor:
+    """Subtract the mean under a model from each row in place; return the mean."""
+    # The sum is at least 1, or 0 in a shard without an existing id.
+    mean_N = vecdot(shard.exp_NU, ratio_NU) / shard.partials_N3[:, 1].clamp_min(1).float()
+    ratio_NU.sub_(mean_N[:, None])
+    return mean_N
 
 
 def _gather_pair(
     student_NU: Tensor, teacher_NU: Tensor, tp_group: dist.ProcessGroup | None
 ) -> _Pair:
-    student, teacher = shard_softmax(student_NU), shard_softmax(teacher_NU)
-    partials_N10 = torch.cat(
-        (student.partials_N3, teacher.partials_N3, _ratio_partials(student, teacher)), dim=-1
+    """Normalize both models and find the moments of r at both ends; one all-gather."""
+    partials_15N = torch.cat(
+        [
+            _FirstPartials.of_block(student_NU[rows], teacher_NU[rows])
+            for rows in row_blocks(student_NU)
+        ],
+        dim=-1,
     )
-    partials_RN10 = all_gather(partials_N10, tp_group)
-    pair = [
-        combine_softmax(student, partials_RN10[..., :3], "student"),
-        combine_softmax(teacher, partials_RN10[..., 3:6], "teacher"),
-    ]
-    raise_at_row(
-        partials_RN10[..., 9].amax(dim=0) == torch.inf, "logits are -inf in one model only"
-    )
-    return _combine_moments(pair[0], pair[1], partials_RN10)
+    partials_RN15 = all_gather(partials_15N.T, tp_group)
+    student = combine_softmax(student_NU, partials_RN15[..., :3])
+    teacher = combine_softmax(teacher_NU, partials_RN15[..., 3:6])
+    return _combine_moments(student, teacher, _FirstPartials(*partials_RN15.unbind(dim=-1)))
 
 
-def _ratio_partials(student: ShardSoftmax, teacher: ShardSoftmax) -> Tensor:
-    """Sums over the shard of w, w^2 under exp_S, of w under exp_T, and max |w|; [N, 4] float64.
-
-    w = (z_T - max z_T) - (z_S - max z_S) with the shard's own maxima.
-    """
-    # -inf - (-inf) is NaN at ids that do not exist; -inf on one side stays infinite.
-    ratio_NU = (teacher.shifted_NU - student.shifted_NU).nan_to_num_(
-        nan=0.0, posinf=torch.inf, neginf=-torch.inf
+def _combine_moments(student: Softmax, teacher: Softmax, shard: _FirstPartials) -> _Pair:
+    """Add the partials of all shards; fields of `shard` are [R, N]."""
+    # Re-base every shard to the maxima over all shards: its w moves by `shift`.
+    offset_RN, offset_t_RN = shard.max - student.max_N, shard.max_t - teacher.max_N
+    shift_RN = torch.where(shard.sum > 0, offset_t_RN - offset_RN, 0.0)
+    mean_N, deviation_RN, second_N, third_N = _add_moments(
+        offset_RN, shift_RN, shard.sum, shard.mean, shard.second, shard.third
     )
-    first_NU = student.exp_NU * ratio_NU
-    columns = (
-        first_NU.sum(dim=-1),
-        first_NU.mul_(ratio_NU).sum(dim=-1),
-        (teacher.exp_NU * ratio_NU).sum(dim=-1),
-        torch.linalg.vector_norm(ratio_NU, torch.inf, dim=-1),
+    mean_t_N, _, second_t_N, third_t_N = _add_moments(
+        offset_t_RN, shift_RN, shard.sum_t, shard.mean_t, shard.second_t, shard.third_t
     )
-    return torch.stack(columns, dim=-1).double()
-
-
-def _combine_moments(student: Softmax, teacher: Softmax, partials_RN10: Tensor) -> _Pair:
-    max_s_RN, sum_s_RN, _, max_t_RN, sum_t_RN, _, first_RN, second_RN, first_t_RN, norm_RN = (
-        partials_RN10.unbind(dim=-1)
-    )
-    # Re-base every shard's w to the maxima over all shards: it moves by `shift`.
-    offset_s_RN, offset_t_RN = max_s_RN - student.max_N, max_t_RN - teacher.max_N
-    shift_RN = torch.where(sum_s_RN > 0, offset_t_RN - offset_s_RN, 0.0)
-    sum_s_RN, first_RN, second_RN = (x * offset_s_RN.exp() for x in (sum_s_RN, first_RN, second_RN))
-    sum_t_RN, first_t_RN = (x * offset_t_RN.exp() for x in (sum_t_RN, first_t_RN))
-    second_RN = second_RN + 2 * shift_RN * first_RN + shift_RN.square() * sum_s_RN
-    mean_N = (first_RN + shift_RN * sum_s_RN).sum(dim=0) / sum_s_RN.sum(dim=0)
-    mean_t_N = (first_t_RN + shift_RN * sum_t_RN).sum(dim=0) / sum_t_RN.sum(dim=0)
+    logp_RN = shard.logp + offset_RN * shard.sum
+    scale_RN = offset_RN.exp()
+    sum_N = (scale_RN * shard.sum).sum(dim=0)
+    logp_N = (scale_RN * logp_RN).sum(dim=0)
+    cross_N = (scale_RN * (shard.cross + deviation_RN * logp_RN)).sum(dim=0)
+    sum_t_N = teacher.log_sum_N.exp()
+    zeros_N = torch.zeros_like(mean_N)
     log_sums_N = teacher.log_sum_N - student.log_sum_N
+    kl_student_teacher_N = log_sums_N - mean_N
+    extremes_RN = torch.maximum(
+        (shard.least + shift_RN - mean_N).abs(), (shard.most + shift_RN - mean_N).abs()
+    )
+    widest_RN = torch.maximum(shard.most, -shard.least)
+    variance_N = (second_N / sum_N).clamp_min(_LEAST_VARIANCE)
+    variance_t_N = (second_t_N / sum_t_N).clamp_min(_LEAST_VARIANCE)
+    kl_teacher_student_N = mean_t_N - log_sums_N
+    at_student = _Point(
+        coef=zeros_N,
+        kl=zeros_N,
+        log_partition=zeros_N,
+        mean=zeros_N,
+        log_variance=variance_N.log(),
+        growth=third_N / sum_N / variance_N,
+        mean_logp=logp_N / sum_N,
+        slope_logp=cross_N / sum_N,
+    )
+    # What is not needed at this end is 0.
+    at_teacher = _Point(
+        coef=torch.ones_like(zeros_N),
+        kl=kl_teacher_student_N,
+        log_partition=kl_student_teacher_N,
+        mean=mean_t_N - mean_N,
+        log_variance=variance_t_N.log(),
+        growth=third_t_N / sum_t_N / variance_t_N,
+        mean_logp=zeros_N,
+        slope_logp=zeros_N,
+    )
     return _Pair(
         student,
         teacher,
-        kl_teacher_student_N=mean_t_N - log_sums_N,
-        kl_student_teacher_N=log_sums_N - mean_N,
+        kl_teacher_student_N=kl_teacher_student_N,
+        kl_student_teacher_N=kl_student_teacher_N,
         center_N=mean_N,
-        variance_N=second_RN.sum(dim=0) / sum_s_RN.sum(dim=0) - mean_N.square(),
-        max_ratio_N=(norm_RN + shift_RN.abs()).amax(dim=0) + mean_N.abs(),
+        variance_N=variance_N,
+        max_ratio_N=extremes_RN.amax(dim=0),
+        is_lopsided_N=widest_RN.amax(dim=0) > -0.99 * FLOAT32_MIN,
+        base_6N=torch.stack((sum_N, zeros_N, second_N, third_N, logp_N, cross_N)),
+        at_student=at_student,
+        at_teacher=at_teacher,
     )
 
 
-class _Evaluation(NamedTuple):
-    """The blend at candidates b; each field is [M, J] float64."""
+def _add_moments(
+    offset_RN: Tensor,
+    shift_RN: Tensor,
+    sum_RN: Tensor,
+    mean_RN: Tensor,
+    second_RN: Tensor,
+    third_RN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean of w over all shards, each shard's deviation from it, and sums of its powers.
 
-    coef: Tensor
-    kl_student: Tensor
-    kl_teacher: Tensor
-    entropy: Tensor
-    log_partition: Tensor  # log of the sum of p^(1-b) q^b
-    variance: Tensor  # of b*r under the blend
+    The second and third are sums over exp of the deviation of w from the mean, squared and cubed.
+    """
+    scale_RN = offset_RN.exp()
+    mass_RN = scale_RN * sum_RN
+    mean_N = (mass_RN * (mean_RN + shift_RN)).sum(dim=0) / mass_RN.sum(dim=0)
+    deviation_RN = mean_RN + shift_RN - mean_N
+    second_RN, third_RN = scale_RN * second_RN, scale_RN * third_RN
+    third_N = (third_RN + deviation_RN * (3 * second_RN + deviation_RN.square() * mass_RN)).sum(0)
+    second_N = (second_RN + deviation_RN.square() * mass_RN).sum(dim=0)
+    return mean_N, deviation_RN, second_N, third_N
 
 
-class _SolverState:
-    """Per row: the bracket [low, high) of the search and the blend at its feasible end."""
+class _Block(NamedTuple):
+    """Some rows of this shard: log p up to its normalizer, its exp, and the centered r."""
 
-    def __init__(self, pair: _Pair, budget_N: Tensor) -> None:
-        self.pair, self.budget_N = pair, budget_N
-        zeros_N = torch.zeros_like(budget_N)
-        self.low = _Evaluation(
-            zeros_N.clone(),
-            zeros_N.clone(),
-            pair.kl_student_teacher_N.clone(),
-            pair.student.entropy_N.clone(),
-            zeros_N.clone(),
-            zeros_N.clone(),
+    logp_MU: Tensor
+    exp_MU: Tensor
+    ratio_MU: Tensor
+
+    @classmethod
+    def load(cls, pair: _Pair, rows_M: Tensor, dtype: torch.dtype) -> "_Block":
+        """Read the logits of the rows: one pass over them."""
+        # Ids that do not exist become finite: no mass, and a finite r that it multiplies to 0.
+        logp_MU, ratio_MU = (
+            softmax.logits_NU.index_select(0, rows_M)
+            .to(dtype)
+            .sub_(softmax.max_N[rows_M, None].to(dtype))
+            .clamp_min_(FLOAT32_MIN)
+            for softmax in (pair.student, pair.teacher)
         )
-        self.high = _Evaluation(*(zeros_N.clone() for _ in _Evaluation._fields))
-        self.high.coef.fill_(1.0)
+        ratio_MU.sub_(logp_MU).sub_(pair.center_N[rows_M, None].to(dtype))
+        return cls(logp_MU, logp_MU.exp(), ratio_MU)
 
-    def rows_to_search(self) -> Tensor:
-        """Settle the rows that the first round decides and return the others, [M] int64."""
-        teacher_N, budget_N = self.pair.kl_teacher_student_N, self.budget_N
-        # Sums in fp32 leave this uncertainty; rows within it are looked at again, at b = 1.
-        slack_N = 2e-6 * (1 + teacher_N.abs())
-        is_teacher_N = (teacher_N + slack_N <= budget_N) | (self.pair.max_ratio_N == 0)
-        is_teacher_N &= budget_N > 0
-        at_teacher = (
-            torch.ones_like(budget_N),
-            teacher_N,
-            torch.zeros_like(budget_N),
-            self.pair.teacher.entropy_N,
-            torch.zeros_like(budget_N),
-        )
-        for low_N, value_N in zip(self.low, at_teacher, strict=False):
-            low_N[is_teacher_N] = value_N[is_teacher_N]
-        self.unclear_N = (teacher_N - slack_N <= budget_N) & ~is_teacher_N
-        return (~is_teacher_N & (budget_N > 0)).nonzero(as_tuple=True)[0]
+    def sums(self, coef_M: Tensor) -> Tensor:
+        """This shard's sums at one b per row, [8, M] float64.
 
-    def first_candidates(self, rows_M: Tensor) -> Tensor:
-        """b where the quadratic expansion of the KL around the student meets the budget, [M, 1]."""
-        start_M = (2 * self.budget_N[rows_M] / self.pair.variance_N[rows_M]).sqrt()
-        start_M = torch.where((start_M < 1) & ~self.unclear_N[rows_M], start_M, 1.0)
-        return start_M.float().double()[:, None]
+        With x = b*r: the sums of p e^x times 1, r, r^2, r^3, log p and r log p, over e^m; then m
+        and the sum of p. In fp32 these are differences to the sums at b = 0, and m = 0.
+        """
+        weight = self._sums_fp32 if self.ratio_MU.dtype == torch.float32 else self._sums_fp64
+        return weight(coef_M.to(self.ratio_MU.dtype)[:, None])
 
-    def narrow(self, rows_M: Tensor, found: _Evaluation) -> Tensor:
-        """Move the bracket to the candidates found, and return which rows are not settled, [M]."""
-        budget_M1 = self.budget_N[rows_M, None]
-        feasible_MJ = found.kl_student <= budget_M1
-        best = torch.where(feasible_MJ, found.coef, -1.0).max(dim=-1, keepdim=True)
-        least = torch.where(feasible_MJ, 2.0, found.coef).min(dim=-1, keepdim=True)
-        raised_M = best.values[:, 0] > self.low.coef[rows_M]
-        lowered_M = least.values[:, 0] <= self.high.coef[rows_M]
-        for low_N, high_N, found_MJ in zip(self.low, self.high, found, strict=True):
-            low_N[rows_M[raised_M]] = found_MJ.gather(-1, best.indices)[raised_M, 0]
-            high_N[rows_M[lowered_M]] = found_MJ.gather(-1, least.indices)[lowered_M, 0]
-        return self._is_open(rows_M)
+    def _sums_fp32(self, coef_M1: Tensor) -> Tensor:
+        x_MU = self.ratio_MU * coef_M1
+        expm1_MU = x_MU.expm1()
+        # Sum(p r) = 0 up to rounding, and that rounding would show in the KL: leave it out.
+        excess_M = vecdot(self.exp_MU, torch.sub(expm1_MU, x_MU, out=x_MU))
+        moments = self._moments(expm1_MU.mul_(self.exp_MU))
+        zeros_M = torch.zeros_like(excess_M)
+        return torch.stack((excess_M, *moments, zeros_M, zeros_M)).double()
 
-    def _is_open(self, rows_M: Tensor) -> Tensor:
-        low_M, high_M = self.low.coef[rows_M], self.high.coef[rows_M]
-        budget_M = self.budget_N[rows_M]
-        gap_M = budget_M - self.low.kl_student[rows_M]
-        tolerance_M = 2 * _RELATIVE_TOLERANCE * budget_M + _FLOAT32_NOISE * (2 * budget_M).sqrt()
-        return (gap_M > tolerance_M) & (high_M - low_M > 1.2e-7 * high_M)
+    def _sums_fp64(self, coef_M1: Tensor) -> Tensor:
+        weight_MU = torch.addcmul(self.logp_MU, self.ratio_MU, coef_M1)
+        max_M = weight_MU.amax(dim=-1).clamp_min_(0)
+        weight_MU.sub_(max_M[:, None]).exp_()
+        sum_M = weight_MU.sum(dim=-1)
+        return torch.stack((sum_M, *self._moments(weight_MU), max_M, self.exp_MU.sum(dim=-1)))
 
-    def newton_candidates(self, rows_M: Tensor, last: _Evaluation) -> Tensor:
-        """One Newton step from the last evaluation, inside the bracket, [M, 1]."""
-        low_M1, high_M1 = self.low.coef[rows_M, None], self.high.coef[rows_M, None]
-        in_root_M1, in_log_M1 = _newton_steps(last, self.budget_N[rows_M, None])
-        middle_M1 = (low_M1 + high_M1) / 2
-        fallback_M1 = _round_between(low_M1, high_M1, in_log_M1, middle_M1)
-        return _round_between(low_M1, high_M1, in_root_M1, fallback_M1)
-
-    def grid_candidates(self, rows_M: Tensor) -> Tensor:
-        """Evenly spaced points of the bracket and Newton steps from its two ends, [M, J]."""
-        low, high = (
-            _Evaluation(*(field[rows_M, None] for field in end)) for end in (self.low, self.high)
-        )
-        fractions_J = torch.arange(1, _NUM_GRID_POINTS + 1, device=rows_M.device).double()
-        even_MJ = low.coef + (high.coef - low.coef) * fractions_J / (_NUM_GRID_POINTS + 1)
-        budget_M1 = self.budget_N[rows_M, None]
-        steps = (*_newton_steps(low, budget_M1), *_newton_steps(high, budget_M1))
-        candidates_MJ = torch.cat((even_MJ, *steps), dim=-1)
-        middle_M1 = (low.coef + high.coef) / 2
-        return _round_between(low.coef, high.coef, candidates_MJ, middle_M1)
-
-    def behavior(self) -> Behavior:
-        """Return the feasible ends as the result."""
-        coef_N = self.low.coef
-        is_blend_N = (coef_N > 0) & (coef_N < 1)
-        wide_N = is_blend_N & (self.pair.max_ratio_N > _FLOAT32_MAX_RATIO)
-        return Behavior(
-            blend_coef=coef_N.float(),
-            kl_student=self.low.kl_student.clamp_min(0).float(),
-            kl_teacher=self.low.kl_teacher.clamp_min(0).float(),
-            entropy=self.low.entropy.clamp_min(0).float(),
-            student=self.pair.student,
-            teacher=self.pair.teacher,
-            log_partition_N=torch.where(is_blend_N, self.low.log_partition, 0.0),
-            wide_rows=wide_N.nonzero(as_tuple=True)[0],
-        )
+    def _moments(self, weight_MU: Tensor) -> tuple[Tensor, ...]:
+        """Sums of weight times r, r^2, r^3, log p, r log p; overwrites the weights."""
+        logp_M = vecdot(weight_MU, self.logp_MU)
+        first_M = weight_MU.mul_(self.ratio_MU).sum(dim=-1)
+        cross_M = vecdot(weight_MU, self.logp_MU)
+        second_M = weight_MU.mul_(self.ratio_MU).sum(dim=-1)
+        return first_M, second_M, vecdot(weight_MU, self.ratio_MU), logp_M, cross_M
 
 
-def _newton_steps(at: _Evaluation, budget: Tensor) -> tuple[Tensor, Tensor]:
-    """Newton steps toward the budget on sqrt(2 KL), almost linear in b near the student, and on
-    log KL, almost linear where the blend is nearly deterministic. Not finite where undefined."""
-    target = budget * (1 - _RELATIVE_TOLERANCE)
-    # d KL / d b = Var(b*r) / b
-    scale = at.coef * at.kl_student / at.variance
-    root_step = 2 * (1 - (target / at.kl_student).sqrt()) * scale
-    log_step = (at.kl_student / target).log() * scale
-    return at.coef - root_step, at.coef - log_step
+class _OpenRows(NamedTuple):
+    """Rows that are searched, by the arithmetic that they need."""
+
+    fp32_M: Tensor
+    fp64_M: Tensor
+
+    @property
+    def all_M(self) -> Tensor:
+        return torch.cat(self)
+
+    def keep(self, is_open_M: Tensor) -> tuple["_OpenRows", Tensor]:
+        """The rows that are left, and their places among the present ones."""
+        places = [
+            mask_M.nonzero()[:, 0] + start
+            for mask_M, start in zip(
+                is_open_M.split([len(rows_M) for rows_M in self]),
+                (0, len(self.fp32_M)),
+                strict=True,
+            )
+        ]
+        kept_M = torch.cat(places)
+        rows = self.all_M[kept_M].split([len(places_M) for places_M in places])
+        return _OpenRows(*rows), kept_M
 
 
-def _round_between(low: Tensor, high: Tensor, candidates: Tensor, otherwise: Tensor) -> Tensor:
-    """Replace candidates that are outside (low, high) and round all to fp32 numbers inside it.
+def _search(pair: _Pair, budget_N: Tensor, tp_group: dist.ProcessGroup | None) -> Behavior:
+    """Settle what the first round decides, then narrow the bracket [low, high) of b of the others.
+
+    A round evaluates the open rows, and those only: one pass over their logits, one all-gather.
+    """
+    # Sums in fp32 leave this uncertainty in KL(q||p); rows within it are looked at, at b = 1.
+    slack_N = 2e-6 * (1 + pair.kl_teacher_student_N.abs())
+    is_teacher_N = (pair.kl_teacher_student_N + slack_N <= budget_N) | (pair.max_ratio_N == 0)
+    is_teacher_N &= budget_N > 0
+    low_FN, high_FN = torch.stack(pair.at_student), torch.stack(pair.at_teacher)
+    settled_FN = torch.where(is_teacher_N, high_FN, low_FN)
+    is_open_N = ~is_teacher_N & (budget_N > 0)
+    is_wide_N = pair.max_ratio_N > _FLOAT32_MAX_RATIO
+    rows = _OpenRows(
+        (is_open_N & ~is_wide_N).nonzero()[:, 0], (is_open_N & is_wide_N).nonzero()[:, 0]
+    )
+    rows_M = rows.all_M
+    low_FM, high_FM = low_FN[:, rows_M], high_FN[:, rows_M]
+    is_unclear_M = (pair.kl_teacher_student_N - slack_N <= budget_N)[rows_M]
+    for round_index in range(_NUM_PREDICTED_ROUNDS + _NUM_GRID_ROUNDS):
+        if len(rows_M) == 0:
+            break
+        budget_M, max_ratio_M = budget_N[rows_M], pair.max_ratio_N[rows_M]
+        target_M = budget_M * (1 - _RELATIVE_TOLERANCE)
+        candidates_MJ = _predict(_Point(*low_FM), _Point(*high_FM), target_M)
+        if round_index < _NUM_PREDICTED_ROUNDS:
+            candidates_MJ = candidates_MJ[:, :1]
+        else:
+            candidates_MJ = torch.cat((candidates_MJ, _grid(low_FM[0], high_FM[0])), dim=-1)
+        candidates_MJ = _round_between(low_FM[0], high_FM[0], candidates_MJ)
+        if round_index == 0:
+            candidates_MJ = torch.where(is_unclear_M[:, None], 1.0, candidates_MJ)
+        found = _evaluate(rows, candidates_MJ, pair, tp_group)
+        low_FM, high_FM = _narrow(low_FM, high_FM, torch.stack(found), budget_M)
+        end_FM, is_settled_M = _finish(low_FM, high_FM, target_M, max_ratio_M)
+        settled_FN[:, rows_M] = end_FM
+        rows, kept_M = rows.keep(~is_settled_M)
+        rows_M, low_FM, high_FM = rows.all_M, low_FM[:, kept_M], high_FM[:, kept_M]
+    return _build_behavior(pair, _Point(*settled_FN))
+
+
+def _evaluate(
+    rows: _OpenRows, candidates_MJ: Tensor, pair: _Pair, tp_group: dist.ProcessGroup | None
+) -> _Point:
+    """Evaluate the blend at every candidate, fields [M, J]; one all-gather over `tp_group`."""
+    num_rows = rows_per_block(pair.student.logits_NU)
+    partials = []
+    by_dtype = candidates_MJ.split([len(rows_M) for rows_M in rows])
+    for rows_M, coefs_MJ, dtype in zip(rows, by_dtype, (torch.float32, torch.float64), strict=True):
+        for block_M, coefs in zip(rows_M.split(num_rows), coefs_MJ.split(num_rows), strict=True):
+            if len(block_M) > 0:
+                block = _Block.load(pair, block_M, dtype)
+                partials.append(torch.stack([block.sums(c) for c in coefs.unbind(-1)], dim=-1))
+    partials_RMJ8 = all_gather(torch.cat(partials, dim=1).permute(1, 2, 0), tp_group)
+    max_MJ = partials_RMJ8[..., 6].amax(dim=0)
+    scale_RMJ = (partials_RMJ8[..., 6] - max_MJ).exp()
+    sums_8MJ = (partials_RMJ8 * scale_RMJ[..., None]).sum(dim=0).permute(2, 0, 1)
+    is_fp32_M1 = torch.arange(len(candidates_MJ), device=max_MJ.device)[:, None] < len(rows.fp32_M)
+    base_6M1 = pair.base_6N[:, rows.all_M, None]
+    total_MJ, *moments = sums_8MJ[:6] + base_6M1 * is_fp32_M1
+    mean_MJ, second_MJ, third_MJ, logp_MJ, cross_MJ = (moment / total_MJ for moment in moments)
+    sum_MJ = partials_RMJ8[..., 7].sum(dim=0)
+    log_partition_MJ = torch.where(
+        is_fp32_M1,
+        (sums_8MJ[0] / base_6M1[0]).log1p(),
+        max_MJ + (total_MJ / sum_MJ).log(),
+    )
+    variance_MJ = (second_MJ - mean_MJ.square()).clamp_min(_LEAST_VARIANCE)
+    third_central_MJ = third_MJ - mean_MJ * (3 * second_MJ - 2 * mean_MJ.square())
+    return _Point(
+        coef=candidates_MJ,
+        kl=candidates_MJ * mean_MJ - log_partition_MJ,
+        log_partition=log_partition_MJ,
+        mean=mean_MJ,
+        log_variance=variance_MJ.log(),
+        growth=third_central_MJ / variance_MJ,
+        mean_logp=logp_MJ,
+        slope_logp=cross_MJ - mean_MJ * logp_MJ,
+    )
+
+
+def _narrow(
+    low_FM: Tensor, high_FM: Tensor, found_FMJ: Tensor, budget_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The largest b that keeps the budget and the smallest that does not, with their fields."""
+    points_FMJ = torch.cat((low_FM[..., None], found_FMJ, high_FM[..., None]), dim=-1)
+    coef_MJ, kl_MJ = points_FMJ[0], points_FMJ[1]
+    is_feasible_MJ = kl_MJ <= budget_M[:, None]
+    is_feasible_MJ[:, 0], is_feasible_MJ[:, -1] = True, False
+    low_M = torch.where(is_feasible_MJ, coef_MJ, -1.0).argmax(dim=-1)
+    high_M = torch.where(is_feasible_MJ, 2.0, coef_MJ).argmin(dim=-1)
+    ends_FM2 = torch.stack((low_M, high_M), dim=-1).expand(len(points_FMJ), -1, -1)
+    low_FM, high_FM = points_FMJ.gather(-1, ends_FM2).unbind(dim=-1)
+    return low_FM, high_FM
+
+
+def _finish(
+    low_FM: Tensor, high_FM: Tensor, target_M: Tensor, max_ratio_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best feasible point, [F, M], and whether it is the solution, [M]."""
+    low, high = _Point(*low_FM), _Point(*high_FM)
+    _, error_low_M = low.step_to(target_M, max_ratio_M)
+    _, error_high_M = high.step_to(target_M, max_ratio_M)
+    # The ends of the path are not known well enough to start from them.
+    error_low_M = error_low_M.where(low.coef > 0, torch.inf).nan_to_num(nan=torch.inf)
+    error_high_M = error_high_M.where(high.coef < 1, torch.inf).nan_to_num(nan=torch.inf)
+    near = _Point(*torch.where(error_low_M <= error_high_M, low_FM, high_FM))
+    step_M, _ = near.step_to(target_M, max_ratio_M)
+    error_M = torch.minimum(error_low_M, error_high_M)
+    step_M = _round_down(near.coef + step_M) - near.coef
+    is_close_M = error_M <= _RELATIVE_TOLERANCE * target_M
+    end_FM = torch.where(is_close_M, torch.stack(near.moved_by(step_M)), low_FM)
+    is_narrow_M = high.coef - low.coef <= 1.2e-7 * high.coef
+    return end_FM, is_close_M | is_narrow_M | (low.coef == 1)
+
+
+def _build_behavior(pair: _Pair, at: _Point) -> Behavior:
+    coef_N = at.coef
+    is_blend_N = (coef_N > 0) & (coef_N < 1)
+    log_sum_N = pair.student.log_sum_N
+    entropy_N = at.log_partition - coef_N * at.mean + log_sum_N - at.mean_logp
+    entropy_N = torch.where(coef_N == 0, pair.student.entropy_N, entropy_N)
+    entropy_N = torch.where(coef_N == 1, pair.teacher.entropy_N, entropy_N)
+    kl_teacher_N = at.kl - at.mean + pair.kl_student_teacher_N
+    wide_N = is_blend_N & (pair.max_ratio_N > _FLOAT32_MAX_RATIO)
+    log_partition_N = at.log_partition - coef_N * pair.kl_student_teacher_N
+    return Behavior(
+        blend_coef=coef_N.float(),
+        kl_student=at.kl.clamp_min(0).float(),
+        kl_teacher=torch.where(coef_N == 1, 0.0, kl_teacher_N).clamp_min(0).float(),
+        entropy=entropy_N.clamp_min(0).float(),
+        student=pair.student,
+        teacher=pair.teacher,
+        log_partition_N=torch.where(is_blend_N, log_partition_N, 0.0),
+        wide_rows=wide_N.nonzero()[:, 0],
+    )
+
+
+# Gauss-Radau quadrature on [0, 1] with five nodes, of which the last is 1.
+_NODES = (0.05710419611451768, 0.27684301363812383, 0.5835904323689168, 0.8602401356562195, 1.0)
+_WEIGHTS = (
+    *(0.14371356079122594, 0.28135601514946206, 0.31182652297574126, 0.22310390108357075),
+    0.04,
+)
+_NUM_NEWTON_STEPS = 4
+
+
+class _VariancePath(NamedTuple):
+    """log Var_mu r along a bracket as a cubic of u in [0, 1]; fields are [M, 1]."""
+
+    low_coef: Tensor
+    width: Tensor
+    cubic: tuple[Tensor, ...]
+    """Coefficients of u^0 to u^3."""
+
+    @classmethod
+    def between(cls, low: _Point, high: _Point) -> "_VariancePath":
+        """The cubic that has the values and the slopes of both ends (Hermite)."""
+        width_M = high.coef - low.coef
+        rise_M = high.log_variance - low.log_variance
+        slope_low_M, slope_high_M = low.growth * width_M, high.growth * width_M
+        bend_M = 3 * rise_M - 2 * slope_low_M - slope_high_M
+        twist_M = slope_low_M + slope_high_M - 2 * rise_M
+        cubic = (low.log_variance, slope_low_M, bend_M, twist_M)
+        return cls(low.coef[:, None], width_M[:, None], tuple(c[:, None] for c in cubic))
+
+    def straight_where(self, mask_M: Tensor) -> "_VariancePath":
+        """Keep value and slope of the low end only, in some rows."""
+        value, slope, bend, twist = self.cubic
+        keep_M1 = ~mask_M[:, None]
+        return self._replace(cubic=(value, slope, bend * keep_M1, twist * keep_M1))
+
+    def kl_between(self, start_M: Tensor, stop_M: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(stop) - KL(start), the integral of b * variance, and dKL/du at the stop; [M]."""
+        nodes = torch.tensor(_NODES, dtype=torch.float64, device=start_M.device)
+        weights = torch.tensor(_WEIGHTS, dtype=torch.float64, device=start_M.device)
+        u_M5 = start_M[:, None] + (stop_M - start_M)[:, None] * nodes
+        value, slope, bend, twist = self.cubic
+        log_variance_M5 = value + u_M5 * (slope + u_M5 * (bend + u_M5 * twist))
+        slopes_M5 = (self.low_coef + u_M5 * self.width) * log_variance_M5.clamp(-650, 600).exp()
+        slopes_M5 *= self.width
+        return (stop_M - start_M) * (slopes_M5 @ weights), slopes_M5[:, -1]
+
+
+def _predict(low: _Point, high: _Point, target_M: Tensor) -> Tensor:
+    """Where in the bracket KL = target, judged by both ends: [M, 2], the better one first.
+
+    dKL/db = b Var_mu r, and the logarithm of that variance is smooth: constant for normally
+    distributed r, linear where rare ids take over. Its Hermite cubic is integrated and solved by
+    Newton. Where the cubic does not fit the KL of both ends, the blend goes from one set of
+    ids to another between them. There the first prediction follows the low end's straight line,
+    or, when that comes first, `_switch`, which is the second.
+    """
+    path = _VariancePath.between(low, high)
+    zeros_M = torch.zeros_like(target_M)
+    rise_M, _ = path.kl_between(zeros_M, zeros_M + 1)
+    # Not a number: no fit.
+    fits_M = (rise_M / (high.kl - low.kl)).log().abs() < 0.5
+    path = path.straight_where(~fits_M)
+    from_low_M = (2 * target_M.sqrt() < low.kl.sqrt() + high.kl.sqrt()) | ~fits_M
+    kl_M = torch.where(from_low_M, low.kl, high.kl)
+    coef_M = torch.where(from_low_M, low.coef, high.coef)
+    variance_M = torch.where(from_low_M, low.log_variance, high.log_variance).exp()
+    # As if the variance were constant.
+    start_M = (coef_M.square() + 2 * (target_M - kl_M) / variance_M).clamp_min(0).sqrt()
+    width_M = high.coef - low.coef
+    u_M = ((start_M - low.coef) / width_M).clamp(0, 1)
+    anchor_M = torch.where(from_low_M, 0.0, 1.0).to(u_M)
+    for _ in range(_NUM_NEWTON_STEPS):
+        change_M, slope_M = path.kl_between(anchor_M, u_M)
+        value_M = (kl_M + change_M).clamp_min(_LEAST_VARIANCE)
+        ratio_M = target_M / value_M
+        # Newton on sqrt(KL), almost linear near the student; on log KL where it is far too large.
+        step_M = torch.where(ratio_M < 0.25, -ratio_M.log(), 2 * (1 - ratio_M.sqrt()))
+        u_M = (u_M - step_M * value_M / slope_M).clamp(0, 1)
+    predicted_M, switch_M = low.coef + u_M * width_M, _switch(low, high, target_M)
+    is_switch_M = ~fits_M & (switch_M > low.coef) & (switch_M < predicted_M)
+    return torch.stack((torch.where(is_switch_M, switch_M, predicted_M), switch_M), dim=-1)
+
+
+def _switch(low: _Point, high: _Point, target_M: Tensor) -> Tensor:
+    """b where KL = target if the blend mixes two points of r, one of which is the low end, [M].
+
+    The log-odds of the other are linear in b, with slope `gap`. The high end gives a point of that
+    line by its variance, or, if it is past the switch, the tangents of log_partition at both ends,
+    which meet in the middle of it.
+    """
+    rise_M, variance_M = high.mean - low.mean, high.variance
+    is_past_M = variance_M < 1e-5 * rise_M.square()
+    gap_M = torch.where(is_past_M, rise_M, rise_M + variance_M / rise_M)
+    coef_M = torch.where(is_past_M, (high.kl - low.kl) / rise_M, high.coef)
+    log_odds_M = torch.where(is_past_M, 0.0, (rise_M.square() / variance_M).log())
+    share_M = (target_M - low.kl) / (coef_M * gap_M - 1)
+    return coef_M + (share_M.logit(eps=1e-12) - log_odds_M) / gap_M
+
+
+def _grid(low_M: Tensor, high_M: Tensor) -> Tensor:
+    """Evenly spaced points of the bracket, [M, J]."""
+    fractions_J = torch.arange(1, _NUM_GRID_POINTS + 1, device=low_M.device).double()
+    return low_M[:, None] + (high_M - low_M)[:, None] * fractions_J / (_NUM_GRID_POINTS + 1)
+
+
+def _round_between(low_M: Tensor, high_M: Tensor, candidates_MJ: Tensor) -> Tensor:
+    """Round candidates to fp32 numbers inside (low, high); those outside become the middle.
 
     The result is stated in fp32, so that is where the KL has to be known. A step that rounds to an
     end of the bracket becomes that end's neighbor.
     """
-    is_inside = (candidates > low) & (candidates < high)
-    rounded = torch.where(is_inside, candidates, otherwise).float()
-    above, below = torch.ones_like(low.float()), torch.zeros_like(high.float())
-    least, most = torch.nextafter(low.float(), above), torch.nextafter(high.float(), below)
-    return rounded.clamp(least, most).double()
+    low_M1, high_M1 = low_M[:, None], high_M[:, None]
+    is_inside_MJ = (candidates_MJ > low_M1) & (candidates_MJ < high_M1)
+    rounded_MJ = torch.where(is_inside_MJ, candidates_MJ, (low_M1 + high_M1) / 2).float()
+    above, below = torch.ones_like(low_M1.float()), torch.zeros_like(high_M1.float())
+    least_M1, most_M1 = low_M1.float().nextafter(above), high_M1.float().nextafter(below)
+    return rounded_MJ.clamp(least_M1, most_M1).double()
 
 
-def _search(
-    state: _SolverState, pair: _Pair, rows_M: Tensor, tp_group: dist.ProcessGroup | None
-) -> None:
-    """Narrow the bracket of `rows_M`, one all-gather per round, dropping rows as they settle."""
-    wide_M = pair.max_ratio_N[rows_M] > _FLOAT32_MAX_RATIO
-    shards = [
-        _RatioShard.build(pair, rows_M[~wide_M], torch.float32),
-        _RatioShard.build(pair, rows_M[wide_M], torch.float64),
-    ]
-    rows_M = torch.cat([shard.rows_M for shard in shards])
-    candidates_MJ = state.first_candidates(rows_M)
-    for round_index in range(1, _NUM_NEWTON_ROUNDS + _NUM_GRID_ROUNDS + 1):
-        found = _evaluate(shards, candidates_MJ, pair, tp_group)
-        open_M = state.narrow(rows_M, found)
-        if not open_M.any():
-            return
-        split = torch.split(open_M, [len(shard.rows_M) for shard in shards])
-        shards = [shard.keep(mask_M) for shard, mask_M in zip(shards, split, strict=True)]
-        rows_M = rows_M[open_M]
-        if round_index < _NUM_NEWTON_ROUNDS:
-            last = _Evaluation(*(field[open_M] for field in found))
-            candidates_MJ = state.newton_candidates(rows_M, last)
-        else:
-            candidates_MJ = state.grid_candidates(rows_M)
-
-
-class _RatioShard(NamedTuple):
-    """log p and r - E_p[r] of the rows that are searched, in the precision that they need."""
-
-    rows_M: Tensor
-    logp_MU: Tensor
-    ratio_MU: Tensor
-
-    @classmethod
-    def build(cls, pair: _Pair, rows_M: Tensor, dtype: torch.dtype) -> "_RatioShard":
-        student_MU, teacher_MU = (
-            softmax.logits_NU[rows_M].to(dtype) - softmax.max_N[rows_M, None].to(dtype)
-            for softmax in (pair.student, pair.teacher)
-        )
-        ratio_MU = teacher_MU.sub_(student_MU).sub_(pair.center_N[rows_M, None].to(dtype))
-        logp_MU = student_MU.sub_(pair.student.log_sum_N[rows_M, None].to(dtype))
-        # An id that does not exist: no mass, and a finite logarithm that multiplies it to 0.
-        return cls(rows_M, logp_MU.clamp_min_(FLOAT32_MIN), ratio_MU.nan_to_num_(nan=0.0))
-
-    def keep(self, mask_M: Tensor) -> "_RatioShard":
-        return self if mask_M.all() else _RatioShard(*(field[mask_M] for field in self))
-
-    def partials(self, coef_M: Tensor) -> Tensor:
-        """This shard's sums at one b per row, [M, 6] float64.
-
-        With x = b * (r - E_p r), scaled by exp(-m): sums of p x, p (e^x - 1 - x), p x (e^x - 1),
-        p e^x x^2 and p e^x log p; first m, the shard's largest log p + x, at least 0.
-        """
-        x_MU = self.ratio_MU * coef_M[:, None].to(self.ratio_MU.dtype)
-        logw_MU = self.logp_MU + x_MU
-        max_M = logw_MU.amax(dim=-1).clamp_min(0)
-        weight_MU = logw_MU.sub_(max_M[:, None]).exp_()
-        p_MU = (self.logp_MU - max_M[:, None]).exp_()
-        # Small x: the differences cancel unless expm1 takes them. Large x: e^x overflows alone.
-        expm1_MU = x_MU.expm1()
-        is_small_MU = x_MU.abs() < 1
-        first_MU = torch.where(is_small_MU, p_MU * expm1_MU, weight_MU - p_MU)
-        second_MU = torch.where(
-            is_small_MU, p_MU * (expm1_MU - x_MU), weight_MU - p_MU * (1 + x_MU)
-        )
-        columns = (
-            max_M,
-            (p_MU * x_MU).sum(dim=-1),
-            second_MU.sum(dim=-1),
-            first_MU.mul_(x_MU).sum(dim=-1),
-            x_MU.square_().mul_(weight_MU).sum(dim=-1),
-            weight_MU.mul_(self.logp_MU).sum(dim=-1),
-        )
-        return torch.stack([column.double() for column in columns], dim=-1)
-
-
-def _evaluate(
-    shards: list[_RatioShard],
-    candidates_MJ: Tensor,
-    pair: _Pair,
-    tp_group: dist.ProcessGroup | None,
-) -> _Evaluation:
-    """Evaluate the blend at every candidate; one all-gather over `tp_group`."""
-    rows_M = torch.cat([shard.rows_M for shard in shards])
-    by_shard = torch.split(candidates_MJ, [len(shard.rows_M) for shard in shards])
-    partials_MJ6 = torch.cat(
-        [
-            torch.stack([shard.partials(coef_M) for coef_M in coefs_MJ.unbind(-1)], dim=1)
-            for shard, coefs_MJ in zip(shards, by_shard, strict=True)
-        ]
-    )
-    partials_RMJ6 = all_gather(partials_MJ6, tp_group)
-    max_MJ = partials_RMJ6[..., 0].amax(dim=0)
-    scale_RMJ = (partials_RMJ6[..., 0] - max_MJ).exp()
-    sums_MJ5 = (partials_RMJ6[..., 1:] * scale_RMJ[..., None]).sum(dim=0)
-    # `centering` is 0 up to rounding, because r is centered.
-    centering_MJ, curvature_MJ, mixed_MJ, second_MJ, logp_MJ = sums_MJ5.unbind(dim=-1)
-    excess_MJ = torch.expm1(-max_MJ) + centering_MJ + curvature_MJ
-    z_MJ, log_z_MJ = 1 + excess_MJ, max_MJ + excess_MJ.log1p()
-    mean_x_MJ = (centering_MJ + mixed_MJ) / z_MJ
-    kl_student_MJ = mean_x_MJ - log_z_MJ
-    kl_student_teacher_M1 = pair.kl_student_teacher_N[rows_M, None]
-    return _Evaluation(
-        coef=candidates_MJ,
-        kl_student=kl_student_MJ,
-        kl_teacher=kl_student_MJ - mean_x_MJ / candidates_MJ + kl_student_teacher_M1,
-        entropy=log_z_MJ - mean_x_MJ - logp_MJ / z_MJ,
-        log_partition=log_z_MJ - candidates_MJ * kl_student_teacher_M1,
-        variance=second_MJ / z_MJ - mean_x_MJ.square(),
-    )
+def _round_down(coef_M: Tensor) -> Tensor:
+    """The largest fp32 number that is not above."""
+    rounded_M = coef_M.float()
+    below_M = rounded_M.nextafter(torch.zeros_like(rounded_M))
+    return torch.where(rounded_M.double() > coef_M, below_M, rounded_M).double()
 
 
 def kl_budget_at(step: int, kl_budget: float, warmup_steps: int, schedule: str = "linear") -> float:

@@ -118,7 +118,8 @@ def view_model(
     beyond the number of existing ids.
     """
     shard = shard_softmax(logits_NU)
-    softmax = combine_softmax(shard, all_gather(shard.partials_N3, tp_group), name)
+    softmax = combine_softmax(logits_NU, all_gather(shard.partials_N3, tp_group))
+    raise_at_row(softmax.problems(name))
     support_logits_NK, topk_ids_NK = topk(logits_NU, top_k, tp_group=tp_group)
     if support_ids_NK is not None:
         support_logits_NK = gather_at(logits_NU, support_ids_NK, tp_group=tp_group)
@@ -208,22 +209,22 @@ class VocabInputs:
         return self.teacher_or_none
 
     def log_ratio_NU(self) -> Tensor:
-        """log p - log q on this shard, 0 at ids that do not exist; a new tensor."""
+        """log p - log q on this shard, finite at ids that do not exist; a new tensor."""
         student, teacher = self.student, self.teacher
         # Subtracting before normalizing is exact where the models are close.
         ratio_NU = student.shard.shifted_NU - teacher.shard.shifted_NU
         offset_N = (student.log_scale_N() - teacher.log_scale_N()).float()
-        return ratio_NU.add_(offset_N[:, None]).nan_to_num_(nan=0.0)
+        return ratio_NU.add_(offset_N[:, None])
 
     def sampled_logprobs_N(self, model: ModelView) -> Tensor:
         """log-probability of each row's sampled id, float64; one all-gather."""
         if self.sampled_ids_N is None:
             raise ValueError("this loss needs sampled_ids")
-        size = vocab_size(model.shard.logits_NU.shape[-1], self.tp_group)
+        size = vocab_size(model.softmax.logits_NU.shape[-1], self.tp_group)
         problem = "sampled_ids names an id that does not exist"
-        raise_at_row((self.sampled_ids_N < 0) | (self.sampled_ids_N >= size), problem)
+        raise_at_row({problem: (self.sampled_ids_N < 0) | (self.sampled_ids_N >= size)})
         logprobs_N = model.logprobs_at(self.sampled_ids_N)
-        raise_at_row(logprobs_N == -torch.inf, problem)
+        raise_at_row({problem: logprobs_N == -torch.inf})
         return logprobs_N
 
     def nll_gradient_NU(self) -> Tensor:
@@ -402,7 +403,8 @@ def _refuse_one_sided(
 ) -> None:
     """Raise, on all ranks alike, where an id exists in one model only; one all-gather."""
     one_sided_N = ((student_NU == -torch.inf) != (teacher_NU == -torch.inf)).any(dim=-1)
-    raise_at_row(all_gather(one_sided_N, tp_group).any(dim=0), "logits are -inf in one model only")
+    is_one_sided_N = all_gather(one_sided_N, tp_group).any(dim=0)
+    raise_at_row({"logits are -inf in one model only": is_one_sided_N})
 
 
 class _WithGradient(torch.autograd.Function):

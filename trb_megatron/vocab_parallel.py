@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 FLOAT32_MIN = torch.finfo(torch.float32).min
+# Columns of which a search for the largest first looks at the maximum.
+_SEGMENT = 64
 
 
 def vocab_range(local_width: int, tp_group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -27,6 +29,21 @@ def vocab_range(local_width: int, tp_group: dist.ProcessGroup | None) -> tuple[i
 def vocab_size(local_width: int, tp_group: dist.ProcessGroup | None) -> int:
     """Return V, the columns of all shards together."""
     return local_width if tp_group is None else dist.get_world_size(tp_group) * local_width
+
+
+def rows_per_block(logits_NU: Tensor) -> int:
+    """Return how many rows to work on at a time, so that temporaries are small.
+
+    On a CPU a block fits into the cache, on a GPU it keeps the device busy.
+    """
+    elements = 2**18 if logits_NU.device.type == "cpu" else 2**23
+    return max(1, elements // logits_NU.shape[-1])
+
+
+def row_blocks(logits_NU: Tensor) -> list[slice]:
+    """Return the slices of all rows in blocks of `rows_per_block`; at least one."""
+    size = rows_per_block(logits_NU)
+    return [slice(start, start + size) for start in range(0, max(1, len(logits_NU)), size)]
 
 
 def all_gather(partial: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
@@ -94,14 +111,21 @@ class Softmax:
         max_N1, log_sum_N1 = self.max_N[rows, None], self.log_sum_N[rows, None]
         return (self.logits_NU[rows].to(dtype) - max_N1.to(dtype)).sub_(log_sum_N1.to(dtype))
 
+    def problems(self, name: str) -> dict[str, Tensor]:
+        """What `raise_at_row` is to say of unusable logits, and the rows, [N] bool."""
+        return {
+            f"{name} logits hold a NaN": self.max_N.isnan(),
+            f"{name} logits hold a +inf": self.max_N == torch.inf,
+            f"{name} logits hold no id: all are -inf": self.max_N == FLOAT32_MIN,
+        }
+
 
 @dataclass(frozen=True)
 class ShardSoftmax:
     """One rank's share of a `Softmax`, before the gather."""
 
-    logits_NU: Tensor
     shifted_NU: Tensor
-    """[N, U] logits minus the shard's own maximum."""
+    """[N, U] logits minus the shard's own maximum; finite: FLOAT32_MIN at ids that do not exist."""
     exp_NU: Tensor
     """[N, U] exp(shifted)."""
     partials_N3: Tensor
@@ -112,46 +136,50 @@ def shard_softmax(logits_NU: Tensor) -> ShardSoftmax:
     """Return this shard's share of the softmax of fp32 logits; no communication."""
     # A finite stand-in keeps a shard without any existing id out of -inf - (-inf) = NaN.
     max_N = logits_NU.amax(dim=-1).clamp_min(FLOAT32_MIN)
-    shifted_NU = logits_NU - max_N[:, None]
+    shifted_NU = (logits_NU - max_N[:, None]).clamp_min_(FLOAT32_MIN)
     exp_NU = shifted_NU.exp()
-    weighted_NU = shifted_NU.clamp_min(FLOAT32_MIN).mul_(exp_NU)
-    partials_N3 = torch.stack((max_N, exp_NU.sum(dim=-1), weighted_NU.sum(dim=-1)), dim=-1)
-    return ShardSoftmax(logits_NU, shifted_NU, exp_NU, partials_N3.double())
+    weighted_N = torch.linalg.vecdot(exp_NU, shifted_NU)
+    partials_N3 = torch.stack((max_N, exp_NU.sum(dim=-1), weighted_N), dim=-1)
+    return ShardSoftmax(shifted_NU, exp_NU, partials_N3.double())
 
 
-def combine_softmax(shard: ShardSoftmax, partials_RN3: Tensor, name: str) -> Softmax:
-    """Return the softmax over all shards from every rank's gathered partials.
+def combine_softmax(logits_NU: Tensor, partials_RN3: Tensor) -> Softmax:
+    """Return the softmax of a shard's logits over all shards, from every rank's gathered partials.
 
-    Raises ValueError, on all ranks alike, naming `name` and the row that holds a NaN, a +inf or no
-    existing id at all.
+    Ask the result for `problems` before using it.
     """
     max_RN, sum_RN, weighted_RN = partials_RN3.unbind(dim=-1)
     max_N = max_RN.amax(dim=0)
-    raise_at_row(max_N.isnan(), f"{name} logits hold a NaN")
-    raise_at_row(max_N == torch.inf, f"{name} logits hold a +inf")
-    raise_at_row(max_N == FLOAT32_MIN, f"{name} logits hold no id: all are -inf")
     offset_RN = max_RN - max_N
     scale_RN = offset_RN.exp()
     sum_N = (scale_RN * sum_RN).sum(dim=0)
     weighted_N = (scale_RN * (weighted_RN + sum_RN * offset_RN)).sum(dim=0)
     log_sum_N = sum_N.log()
-    return Softmax(shard.logits_NU, max_N, log_sum_N, log_sum_N - weighted_N / sum_N)
+    return Softmax(logits_NU, max_N, log_sum_N, log_sum_N - weighted_N / sum_N)
 
 
-def raise_at_row(bad_N: Tensor, problem: str) -> None:
-    """Raise ValueError with `problem` and the first row where `bad_N` is true, if there is one."""
-    if bad_N.any():
-        raise ValueError(f"{problem} in row {int(bad_N.nonzero()[0, 0])}")
+def raise_at_row(problems: dict[str, Tensor]) -> None:
+    """Raise ValueError with the first problem that a row has and the first such row.
+
+    `problems` maps messages to booleans [N]. The host waits for the device once.
+    """
+    if torch.stack(tuple(problems.values())).any():
+        for problem, bad_N in problems.items():
+            if bad_N.any():
+                raise ValueError(f"{problem} in row {int(bad_N.nonzero()[0, 0])}")
 
 
 def softmax(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Softmax:
     """Normalize sharded logits, after an upcast to fp32.
 
-    One all-gather over `tp_group`; logits sharded, normalizers replicated. Raises ValueError like
-    `combine_softmax`.
+    One all-gather over `tp_group`; logits sharded, normalizers replicated. Raises ValueError, on
+    all ranks alike, for a row that holds a NaN, a +inf or no existing id at all.
     """
-    shard = shard_softmax(logits_NU.float())
-    return combine_softmax(shard, all_gather(shard.partials_N3, tp_group), "the")
+    logits_NU = logits_NU.float()
+    partials_N3 = shard_softmax(logits_NU).partials_N3
+    normalized = combine_softmax(logits_NU, all_gather(partials_N3, tp_group))
+    raise_at_row(normalized.problems("the"))
+    return normalized
 
 
 def log_softmax_NU(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Tensor:
@@ -208,7 +236,7 @@ def topk(logits_NU: Tensor, k: int, *, tp_group: dist.ProcessGroup | None) -> tu
     if not 1 <= k <= vocab_size(logits_NU.shape[-1], tp_group):
         raise ValueError(f"top_k={k} must be at least 1 and at most the number of valid ids")
     start, _ = vocab_range(logits_NU.shape[-1], tp_group)
-    values_NK, ids_NK = _local_topk(logits_NU, min(k, logits_NU.shape[-1]))
+    values_NK, ids_NK = _segmented_topk(logits_NU, min(k, logits_NU.shape[-1]))
     candidates_RNK2 = all_gather(
         torch.stack((values_NK.double(), (ids_NK + start).double()), dim=-1), tp_group
     )
@@ -216,8 +244,27 @@ def topk(logits_NU: Tensor, k: int, *, tp_group: dist.ProcessGroup | None) -> tu
     candidates_NK2 = candidates_RNK2.transpose(0, 1).flatten(1, 2)
     values_NK, order_NK = candidates_NK2[..., 0].sort(dim=-1, descending=True, stable=True)
     values_NK, order_NK = values_NK[:, :k], order_NK[:, :k]
-    raise_at_row(values_NK[:, -1] == -torch.inf, f"top_k={k} exceeds the number of valid ids")
+    raise_at_row({f"top_k={k} exceeds the number of valid ids": values_NK[:, -1] == -torch.inf})
     return values_NK, candidates_NK2[..., 1].gather(-1, order_NK).long()
+
+
+def _segmented_topk(logits_NU: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`_local_topk` that looks for the k largest only in the k segments of the largest maxima.
+
+    Exact: an id outside of them has k ids before it, those of the segments' maxima (of equal
+    segments, too, the lowest are taken).
+    """
+    num_segments = logits_NU.shape[-1] // _SEGMENT
+    if num_segments <= 2 * k:
+        return _local_topk(logits_NU, k)
+    rest = num_segments * _SEGMENT
+    segments_NSJ = logits_NU[:, :rest].unflatten(-1, (num_segments, _SEGMENT))
+    chosen_NK = _local_topk(segments_NSJ.amax(dim=-1), k)[1].sort(dim=-1).values
+    columns_NKJ = chosen_NK[..., None] * _SEGMENT + torch.arange(_SEGMENT, device=chosen_NK.device)
+    rest_ids = torch.arange(rest, logits_NU.shape[-1], device=chosen_NK.device)
+    ids_NC = torch.cat((columns_NKJ.flatten(1), rest_ids.expand(len(logits_NU), -1)), dim=-1)
+    values_NK, indices_NK = _local_topk(logits_NU.gather(-1, ids_NC), k)
+    return values_NK, ids_NC.gather(-1, indices_NK)
 
 
 def _local_topk(logits_NU: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -253,7 +300,7 @@ def sample_inverse_cdf(
     sum_RN = all_gather(weights_NU.sum(dim=-1, dtype=torch.float64), tp_group)
     upper_RN = sum_RN.cumsum(dim=0)
     total_N = upper_RN[-1]
-    raise_at_row(~((total_N > 0) & (total_N < torch.inf)), "sampling weights have no finite sum")
+    raise_at_row({"sampling weights have no finite sum": ~((total_N > 0) & (total_N < torch.inf))})
     target_N = uniforms_N.double() * total_N
     # A uniform rounded up to 1 belongs to the last shard, and there to the last id, with any mass.
     owner_N = torch.minimum((upper_RN <= target_N).sum(dim=0), _last_true((sum_RN > 0).T))
