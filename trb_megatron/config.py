@@ -172,7 +172,7 @@ class LossConfig(Section):
     temperature: Positive = 1.0
     jsd_weight: OpenFraction = 0.5  # of the teacher in the mixture; 0 and 1 give zero loss
     veto_coef: Fraction = 0.0  # at step 0; decays linearly to 0 over the run
-    workspace_mb: Count = 512  # MiB for the logits of a chunk of tokens; more is a little faster
+    workspace_mb: Count = 512  # for the logits of a chunk of tokens; more is a little faster
 
 
 class OptimizerConfig(Section):

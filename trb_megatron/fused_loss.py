@@ -5,8 +5,8 @@ The logits of a step do not fit: 32,768 tokens x 151,936 columns in fp32 are 19.
 and turns the rule's gradient into that of the student's hidden states and output weight at once, so
 that nothing of size [tokens, U] outlives a chunk.
 
-Shapes: N tokens, C tokens of a chunk, K columns of a row, V full vocabulary, U this rank's shard of
-it, H hidden size (each model has its own).
+Shapes: N tokens (at least one), C tokens of a chunk, B tokens of a block, K columns of a row, V full
+vocabulary, U this rank's shard of it, H hidden size (each model has its own).
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from trb_megatron.loss import (
 )
 from trb_megatron.vocab_parallel import mask_invalid_, vocab_range
 
-WORKSPACE_BYTES = 512 * 2**20
+WORKSPACE_BYTES = 512 * 10**6
 
-# The rules work on blocks of this share of a chunk: their temporaries, about eight of the size of a
-# block, then take less than one of the chunk's own buffers, and on a CPU stay in its caches.
+# The rules work on blocks of a chunk, of this share of its tokens, so that all their temporaries
+# together are smaller than one of the chunk's own buffers. On a CPU a block fits into the caches.
 _BLOCKS_PER_CHUNK = 16
 _BUFFERS_FOR_BLOCKS = 0.5
+_CPU_BLOCK_ELEMENTS = 2**19
 
 
 _Part = tuple[Tensor, dict[str, Tensor]]
@@ -223,8 +224,8 @@ class _Walk:
         if weight_UH.dtype != torch.float32:
             column_bytes += weight_UH.element_size()
         most = max(1, int(self.workspace_bytes / (column_bytes * len(weight_UH))))
-        num_chunks = max(1, -(-num_tokens // most))
-        return max(1, -(-num_tokens // num_chunks))
+        num_chunks = -(-num_tokens // most)
+        return -(-num_tokens // num_chunks)
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Values [N] and metrics of all tokens."""
@@ -236,12 +237,13 @@ class _Walk:
         return _concatenate(parts)
 
     def _chunks(self) -> Iterator[slice]:
-        """All tokens; a chunk without any if there are none."""
         return _slices(slice(0, len(self.student.hidden_NH)), len(self.student_CU))
 
     def _blocks(self, tokens: slice) -> Iterator[tuple[str, slice, slice]]:
         """Each block of a chunk: its name in errors, its rows in the chunk, and its tokens."""
         size = -(-len(self.student_CU) // _BLOCKS_PER_CHUNK)
+        if self.student_CU.device.type == "cpu":
+            size = min(size, max(1, _CPU_BLOCK_ELEMENTS // self.student_CU.shape[1]))
         for block in _slices(tokens, size):
             rows = slice(block.start - tokens.start, block.stop - tokens.start)
             yield f"tokens {block.start} to {block.stop - 1}:", rows, block
@@ -391,8 +393,8 @@ def _add_rows(result_UH: Tensor, rows_C: Tensor, values_CH: Tensor) -> None:
 
 
 def _slices(whole: slice, size: int) -> Iterator[slice]:
-    """Cut a slice into slices of at most `size`; an empty one stays."""
-    for start in range(whole.start, max(whole.stop, whole.start + 1), size):
+    """Cut a slice into slices of at most `size`."""
+    for start in range(whole.start, whole.stop, size):
         yield slice(start, min(start + size, whole.stop))
 
 

@@ -300,7 +300,7 @@ class Trainer:
             alignment=alignment,
             sampled_ids=microbatch.labels_N,
             weight_grad_UH=weight.main_grad,
-            workspace_bytes=loss.workspace_mb * 2**20,
+            workspace_bytes=loss.workspace_mb * 10**6,
         )
         self._loss_is_finite &= bool(output.loss_sum.isfinite())
         sums = {f"loss/{name}": values.sum() for name, values in output.metrics.items()}
