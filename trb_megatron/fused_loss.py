@@ -5,7 +5,7 @@ The logits of a step do not fit: 32,768 tokens x 151,936 columns in fp32 are 19.
 and turns the rule's gradient into that of the student's hidden states and output weight at once, so
 that nothing of size [tokens, U] outlives a chunk.
 
-Shapes: N tokens (at least one), C tokens of a chunk, B tokens of a block, K columns of a row, V full
+Shapes: N tokens (at least one), C of a chunk, B of a block, K columns of a row, V full
 vocabulary, U this rank's shard of it, H hidden size (each model has its own).
 """
 

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -25,6 +26,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import (
@@ -248,6 +250,42 @@ class PagedSelfAttention(SelfAttention):
         return paged_attention(q, k, v, cu_seqlens_q, seqlens_k, block_table, max_seqlen_q, scale)
 
 
+class PackedDotProductAttention(DotProductAttention):
+    """Megatron's local attention that also takes packed sequences, like Transformer Engine's."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Causal attention of each sequence within itself.
+
+        With packed sequences: query [T, heads, D], key and value [T, groups, D], result
+        [T, heads * D]; without: as in Megatron.
+        """
+        if packed_seq_params is None:
+            return super().forward(
+                query, key, value, attention_mask, attn_mask_type, attention_bias
+            )
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        heads_per_group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))
+        # [heads, T, D] of each sequence
+        queries, keys, values = (
+            x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)
+        )
+        outputs = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+            for q, k, v in zip(queries, keys, values, strict=True)
+        ]
+        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+
+
 class HiddenStateGPTModel(GPTModel):
     """A GPT model whose forward ends at the final hidden states; `project` makes the logits.
 
@@ -426,6 +464,8 @@ def _layer_specs(config: TransformerConfig, on_gpu: bool) -> TransformerBlockSub
             del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         final_norm = RMSNorm
     spec.submodules.self_attention.module = PagedSelfAttention
+    if not (HAVE_TE and on_gpu):
+        spec.submodules.self_attention.submodules.core_attention = PackedDotProductAttention
     return TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=final_norm
     )
