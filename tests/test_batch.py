@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from trb_megatron.batch import Rollout, balance, build_microbatch, build_microbatches, split_evenly
+from trb_megatron.batch import (
+    Rollout,
+    balance,
+    build_microbatch,
+    build_microbatches,
+    plan_moves,
+    split_evenly,
+)
 
 CPU = torch.device("cpu")
 
@@ -71,6 +78,23 @@ def test_split_is_even(num_groups: int) -> None:
     # A bound of LPT: the shortest group took the last item that made another the longest.
     assert max(totals) - min(totals) <= 0.02 * max(totals)
     assert split_evenly([5, 5], 3) == [[0], [1]]
+
+
+def test_moves_even_out_the_owners() -> None:
+    generator = torch.Generator().manual_seed(2)
+    lengths = [
+        torch.randint(1, 100 * (owner + 1), (30,), generator=generator).tolist()
+        for owner in range(4)
+    ]
+    moves = plan_moves(lengths)
+    assert len({(giver, item) for giver, item, _ in moves}) == len(moves) < 40
+    totals = [sum(own) for own in lengths]
+    for giver, item, taker in moves:
+        totals[giver] -= lengths[giver][item]
+        totals[taker] += lengths[giver][item]
+    assert max(totals) - min(totals) <= 0.01 * max(totals)
+    assert plan_moves([[5, 5], [4, 6]]) == []
+    assert plan_moves([[9, 1], []]) == [(0, 1, 1)]
 
 
 def test_balance_takes_one_more_group_where_they_do_not_fit() -> None:

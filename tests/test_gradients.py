@@ -4,6 +4,7 @@ The yardstick knows neither packing nor chunks: one sequence at a time through M
 causal attention, and a loss of dense logits that autograd takes back to the weights.
 """
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from tests.distributed import run_distributed
 from tests.layouts import write_inputs
 from tests.runs import make_trainer
-from trb_megatron.batch import Microbatch, Rollout
+from trb_megatron.batch import Microbatch, Rollout, build_microbatches
 
 LAYOUTS = tuple(product((1, 2), (1, 2)))
 # The tied student shares a weight, at PP 2 over stages; the untied one has a weight that autograd
@@ -26,6 +27,7 @@ CASES = {
     "tied": ("loss.name=reverse_kl_topk",),
     "untied": (
         *("loss.name=reverse_kl_full", "loss.temperature=0.7"),
+        "training.teacher_hidden_device=host",
         *("student.path={}/teacher", "teacher.path={}/student"),
     ),
 }
@@ -47,7 +49,6 @@ def rollouts() -> list[Rollout]:
 
 def write_gradients(trainer: Any, folder: Path, max_tokens: int) -> None:
     """One forward and backward; the gradients, in Hugging Face's names, as if they were weights."""
-    from trb_megatron.batch import build_microbatches
     from trb_megatron.hf_weights import save_hf_checkpoint
     from trb_megatron.models import token_multiple
 
@@ -160,3 +161,34 @@ def test_every_gradient_is_that_of_the_plain_way(
             largest = gradient.abs().max()
             assert largest > 0, name
             assert (found[name] - gradient).abs().max() <= 1e-4 * largest, (case, name)
+
+
+def measure_balance(config_file: Path) -> tuple[list[list[tuple[int, ...]]], float, float]:
+    """Who trains on what where one replica drew all the long responses, and two gradient norms."""
+    trainer = make_trainer(config_file, (f"run.dir={config_file.parent}/balance",))
+    rank, device = trainer.layout.dp_rank, trainer.layout.device
+    width = trainer.models.teacher.config.hidden_size
+    drawn = [
+        replace(r, teacher_hidden=torch.full((len(r.response_ids), width), float(r.prompt_index)))
+        for r in rollouts()
+        if (r.prompt_index in (0, 2, 3)) == (rank == 0)
+    ]
+    norms, balanced = [], trainer._balance(drawn)
+    for share in (drawn, balanced):
+        trainer._forward_backward(build_microbatches(share, PACKED, device))
+        norms.append(float(trainer.optimizer.get_grad_norm()))
+    found: list[Any] = [None, None]
+    torch.distributed.all_gather_object(found, [(r.prompt_index, len(r) - 1) for r in balanced])
+    for rollout in balanced:
+        assert rollout.teacher_hidden is not None
+        assert (rollout.teacher_hidden == rollout.prompt_index).all()
+    return found, norms[0], norms[1]
+
+
+def test_replicas_train_on_as_many_tokens_and_to_the_same_effect(tmp_path: Path) -> None:
+    config_file = write_inputs(tmp_path)
+    for found, before, after in run_distributed(measure_balance, 2, config_file):
+        assert sorted(index for share in found for index, _ in share) == [0, 1, 2, 3, 4]
+        first, second = (sum(length for _, length in share) for share in found)
+        assert abs(first - second) <= 3
+        assert after == pytest.approx(before, rel=1e-5)

@@ -7,6 +7,7 @@ token, which `labels_T[t]` holds.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -62,6 +63,12 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """This rollout with the teacher's hidden states, if it has them, on `device`."""
+        if self.teacher_hidden is None:
+            return self
+        return dataclasses.replace(self, teacher_hidden=self.teacher_hidden.to(device))
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,32 @@ def build_microbatches(
         build_microbatch([rollouts[i] for i in group], device, length_multiple)
         for group in balance([len(rollout) - 1 for rollout in rollouts], max_tokens)
     ]
+
+
+def plan_moves(lengths: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
+    """How to even out the total lengths of several owners with few moves.
+
+    Args:
+        lengths: those that each owner has.
+
+    Returns:
+        (from, which of its items, to), at most one move for each item. The longest total gives the
+        shortest what brings both closest together, until no item would.
+    """
+    totals = [sum(own) for own in lengths]
+    left = [dict(enumerate(own)) for own in lengths]
+    moves: list[tuple[int, int, int]] = []
+    while True:
+        giver, taker = totals.index(max(totals)), totals.index(min(totals))
+        gap = totals[giver] - totals[taker]
+        useful = [(abs(gap - 2 * n), n, item) for item, n in left[giver].items() if 0 < n < gap]
+        if not useful:
+            return moves
+        _, length, item = min(useful)
+        del left[giver][item]
+        totals[giver] -= length
+        totals[taker] += length
+        moves.append((giver, item, taker))
 
 
 def balance(lengths: Sequence[int], max_total: int) -> list[list[int]]:

@@ -132,6 +132,8 @@ class TrainingConfig(Section):
     prompts_per_step: Count = 64
     precision: Literal["fp32", "bf16"] = "bf16"
     max_tokens_per_microbatch: Count = 16384
+    # where the teacher's hidden states wait for the loss: host (pinned memory) makes room on a GPU
+    teacher_hidden_device: Literal["device", "host"] = "device"
     recompute_activations: Flag = False
 
 
@@ -517,6 +519,7 @@ _MAY_CHANGE = (
     "parallel",
     "training.steps",
     "training.max_tokens_per_microbatch",
+    "training.teacher_hidden_device",
     "rollout.max_sequences",
     "rollout.page_tokens",
     "rollout.max_prefill_tokens",

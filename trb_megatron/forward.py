@@ -79,10 +79,14 @@ def _loss_hidden(model: HiddenStateGPTModel, hidden: Tensor, microbatch: Microba
     return model.gather_hidden(hidden)[microbatch.loss_mask_T, 0]
 
 
-def forward_hidden(model: HiddenStateGPTModel, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+def forward_hidden(
+    model: HiddenStateGPTModel, microbatches: Sequence[Microbatch], *, to_host: bool = False
+) -> list[Tensor]:
     """Final hidden states at the loss positions of each microbatch, without gradient.
 
-    Collective over the model replica (Megatron's forward-only schedule).
+    Collective over the model replica (Megatron's forward-only schedule). With `to_host` those of a
+    GPU go to pinned host memory as soon as they are there: 256 responses of 7,168 tokens with
+    H = 4,096 are 15 GB in bf16.
 
     Returns:
         One [N, H] per microbatch on the last stage, replicated over tensor-parallel ranks; an empty
@@ -93,7 +97,12 @@ def forward_hidden(model: HiddenStateGPTModel, microbatches: Sequence[Microbatch
         microbatch = next(iterator)
 
         def keep(hidden: Tensor, non_loss_data: bool = True) -> Tensor:
-            return _loss_hidden(model, hidden, microbatch)
+            hidden_NH = _loss_hidden(model, hidden, microbatch)
+            if not (to_host and hidden_NH.is_cuda):
+                return hidden_NH
+            # Nobody may read it before the stream has: the loss copies it back in stream order.
+            pinned_NH = torch.empty_like(hidden_NH, device="cpu", pin_memory=True)
+            return pinned_NH.copy_(hidden_NH, non_blocking=True)
 
         return _forward_microbatch(model, microbatch), keep
 

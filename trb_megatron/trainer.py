@@ -31,7 +31,7 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from trb_megatron.batch import Microbatch, Rollout, build_microbatches
+from trb_megatron.batch import Microbatch, Rollout, build_microbatches, plan_moves
 from trb_megatron.blending import kl_budget_at
 from trb_megatron.checkpoint import (
     TrainingState,
@@ -169,7 +169,7 @@ class Trainer:
             rollouts = self._rollout(prompts, kl_budget)
         rewards = self._score(rollouts)
         microbatches = build_microbatches(
-            rollouts,
+            self._balance(rollouts),
             self.config.training.max_tokens_per_microbatch,
             self.layout.device,
             token_multiple(self.models.student.config),
@@ -251,11 +251,37 @@ class Trainer:
             [answer for _, answer in graded],
         )
 
+    def _balance(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Move rollouts between replicas until each trains on about as many tokens.
+
+        Each rank talks to its peers in the data-parallel group: an all-gather of the lengths, then
+        a send of every rollout that moves, with what it knows of the teacher.
+        """
+        layout = self.layout
+        lengths: list[list[int]] = [[] for _ in range(layout.dp_size)]
+        own_lengths = [len(rollout) - 1 for rollout in rollouts]
+        dist.all_gather_object(lengths, own_lengths, group=layout.dp_group)
+        moves = plan_moves(lengths)
+        ranks = dist.get_process_group_ranks(layout.dp_group)
+        given = {item for giver, item, _ in moves if giver == layout.dp_rank}
+        kept = [rollout for item, rollout in enumerate(rollouts) if item not in given]
+        for giver, item, taker in moves:
+            if layout.dp_rank == giver:
+                # What was recorded of its tokens is reported by the replica that drew them.
+                moving = dataclasses.replace(rollouts[item], record=None).to("cpu")
+                dist.send_object_list([moving], ranks[taker], layout.dp_group)
+            elif layout.dp_rank == taker:
+                received: list[Any] = [None]
+                dist.recv_object_list(received, ranks[giver], layout.dp_group)
+                kept.append(received[0].to(layout.device))
+        return kept
+
     def _add_teacher_hidden(self, microbatches: list[Microbatch]) -> list[Microbatch]:
         """Attach the teacher's hidden states at the loss positions, on the last stage."""
         if self.models.teacher is None:
             return microbatches
-        hidden = forward_hidden(self.models.teacher, microbatches)
+        to_host = self.config.training.teacher_hidden_device == "host"
+        hidden = forward_hidden(self.models.teacher, microbatches, to_host=to_host)
         if not self.layout.is_last_stage:
             return microbatches
         return [
