@@ -40,10 +40,11 @@ from trb_megatron.vocab_parallel import mask_invalid_, vocab_range
 
 WORKSPACE_BYTES = 512 * 10**6
 
-# The rules work on blocks of a chunk, of this share of its tokens, so that all their temporaries
-# together are smaller than one of the chunk's own buffers. On a CPU a block fits into the caches.
+# The rules work on blocks of a chunk, of this share of its tokens, so that their temporaries (about
+# eight of the size of a block) and those of the matrix products add no more than half to what the
+# chunk's own buffers take. On a CPU a block fits into the caches.
 _BLOCKS_PER_CHUNK = 16
-_BUFFERS_FOR_BLOCKS = 0.5
+_MEMORY_PER_BUFFER = 1.5
 _CPU_BLOCK_ELEMENTS = 2**19
 
 
@@ -220,7 +221,7 @@ class _Walk:
     def _chunk_size(self) -> int:
         """Tokens of a chunk: as many as fit, in chunks of about the same size."""
         num_tokens, weight_UH = len(self.student.hidden_NH), self.student.weight_UH
-        column_bytes = 4 * (1 + self.has_pair + _BUFFERS_FOR_BLOCKS)
+        column_bytes = 4 * (1 + self.has_pair) * _MEMORY_PER_BUFFER
         if weight_UH.dtype != torch.float32:
             column_bytes += weight_UH.element_size()
         most = max(1, int(self.workspace_bytes / (column_bytes * len(weight_UH))))

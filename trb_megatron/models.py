@@ -300,7 +300,8 @@ class HiddenStateGPTModel(GPTModel):
         """[T, B, H] of the whole sequence from the last stage's output.
 
         With sequence parallelism an all-gather over the tensor-parallel group of [T/tp, B, H]; its
-        backward takes this rank's part, since `project` has summed the gradient already.
+        backward takes this rank's part, since the fused loss (or `project`) has summed the gradient
+        already.
         """
         if not self.config.sequence_parallel:
             return hidden
@@ -310,7 +311,10 @@ class HiddenStateGPTModel(GPTModel):
 
     @property
     def output_weight(self) -> Any:
-        """This rank's rows [U, H] of the output weight, tied or not; on the last stage."""
+        """This rank's rows [U, H] of the output weight, tied or not; on the last stage.
+
+        A parameter on which Megatron's data parallelism hangs a gradient buffer, `main_grad`.
+        """
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
