@@ -273,10 +273,12 @@ def forward_logits(
 
     num_tokens, multiple = len(token_ids), token_multiple(model.config)
     padded = -(-num_tokens // multiple) * multiple
-    tokens_BT = torch.zeros(1, padded, dtype=torch.long, device=layout.device)
-    tokens_BT[0, :num_tokens] = torch.tensor(token_ids)
-    positions_BT = torch.arange(padded, device=layout.device)[None]
-    microbatch = Microbatch(tokens_BT, positions_BT, tokens_BT, positions_BT < num_tokens)
+    tokens_T = torch.zeros(padded, dtype=torch.long, device=layout.device)
+    tokens_T[:num_tokens] = torch.tensor(token_ids)
+    positions_T = torch.arange(padded, device=layout.device)
+    microbatch = Microbatch(
+        tokens_T, positions_T, tokens_T, positions_T < num_tokens, cu_lengths=(0, padded)
+    )
     hidden = forward_hidden(model, [microbatch])
     if not layout.is_last_stage:
         return None

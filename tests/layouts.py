@@ -178,7 +178,7 @@ def _prompt(trainer: Any, index: int) -> tuple[int, ...]:
 
 def _probe_logits(model: Any, trainer: Any) -> list[torch.Tensor]:
     """Full-vocabulary logits at the loss positions; only a test may gather them."""
-    from trb_megatron.batch import Rollout, build_microbatches
+    from trb_megatron.batch import Rollout, build_microbatch
     from trb_megatron.distributed import gather_from_leaders
     from trb_megatron.forward import forward_hidden
     from trb_megatron.models import token_multiple
@@ -188,7 +188,11 @@ def _probe_logits(model: Any, trainer: Any) -> list[torch.Tensor]:
         Rollout(i, 0, _prompt(trainer, i), response, stopped=True)
         for i, response in enumerate(PROBE_RESPONSES)
     ]
-    microbatches = build_microbatches(rollouts, 70, layout.device, token_multiple(model.config))
+    multiple = token_multiple(model.config)
+    microbatches = [
+        build_microbatch(rollouts[:2], layout.device, multiple),
+        build_microbatch(rollouts[2:], layout.device, multiple),
+    ]
     logits: list[torch.Tensor] = []
     model.eval()
     for hidden_NH in forward_hidden(model, microbatches):
@@ -197,9 +201,7 @@ def _probe_logits(model: Any, trainer: Any) -> list[torch.Tensor]:
         dist.all_gather(shards, shard_NU, group=layout.tp_group)
         logits.append(torch.cat(shards, dim=-1))
     (logits, *_) = gather_from_leaders(logits, layout)
-    by_length = sorted(rollouts, key=len, reverse=True)
-    rows = torch.cat(logits).split([len(r.response_ids) for r in by_length])
-    return [rows[by_length.index(rollout)] for rollout in rollouts]
+    return list(torch.cat(logits).split([len(rollout.response_ids) for rollout in rollouts]))
 
 
 def _probe_rollouts(trainer: Any, policy_name: str) -> list[dict[str, Any]]:

@@ -192,6 +192,11 @@ def test_metrics() -> None:
         entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
         torch.testing.assert_close(metrics[f"{model}_topk_mass"], mass_N.float())
         torch.testing.assert_close(metrics[f"{model}_entropy"], entropy_N.float())
+    teachers_NK = teacher_NV.topk(9).indices
+    pairs = zip(support_NK.tolist(), teachers_NK.tolist(), strict=True)
+    expected_N = torch.tensor([len({*ours} & {*theirs}) / 9 for ours, theirs in pairs])
+    assert 0 < expected_N.max() < 1
+    torch.testing.assert_close(metrics["topk_overlap"], expected_N)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tests.distributed import run_distributed
 from tests.layouts import LAYOUTS, ONE_RANK, Layout, ProbeResult, write_inputs
 from tests.runs import make_trainer, read_metrics, train, weights_digest
 from tests.tiny import CHARACTERS, SPECIAL_TOKENS, make_checkpoint, make_tokenizer
-from trb_megatron.loss import LossOutput
+from trb_megatron.fused_loss import FusedLossOutput, OutputLayer
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
@@ -270,9 +270,7 @@ def _fail_with_nan(config_file: Path) -> list[str]:
         return loss(hidden, microbatch)
 
     def spoil_loss(hidden: torch.Tensor, microbatch: Any) -> Any:
-        with mock.patch.dict(
-            "trb_megatron.trainer.LOSSES", {"reverse_kl_topk": _nan_loss}, clear=True
-        ):
+        with mock.patch("trb_megatron.trainer.fused_loss", _nan_loss):
             return loss(hidden, microbatch)
 
     for spoil in (spoil_gradient, spoil_loss):
@@ -284,8 +282,9 @@ def _fail_with_nan(config_file: Path) -> list[str]:
     return messages
 
 
-def _nan_loss(student_logits_NU: torch.Tensor, *args: Any, **kwargs: Any) -> LossOutput:
-    return LossOutput(student_logits_NU.sum(dim=-1) * torch.nan, {})
+def _nan_loss(name: str, student: OutputLayer, *args: Any, **kwargs: Any) -> FusedLossOutput:
+    per_token_N = student.hidden_NH.sum(dim=-1) * torch.nan
+    return FusedLossOutput(per_token_N.sum(), per_token_N, {})
 
 
 def test_non_finite_loss_or_gradient_stops_before_the_update(config_file: Path) -> None:

@@ -106,6 +106,19 @@ def test_topk_and_argmax_break_ties_by_id(results: list[dict[str, Any]]) -> None
     assert torch.equal(results[0]["values"], expected_NK.double())
 
 
+@pytest.mark.parametrize("num_columns", [700, 64 * 50, 64 * 50 + 13])
+def test_topk_of_a_large_vocabulary(num_columns: int) -> None:
+    """Found by segments where there are many; few values, so that ties cross segments."""
+    generator = torch.Generator().manual_seed(4)
+    for num_values in (2, 40, 600, 10**6):
+        logits_NV = torch.randint(num_values, (20, num_columns), generator=generator).float()
+        logits_NV[:3, 5 * num_columns // 7 :] = -torch.inf
+        expected_NK = logits_NV.sort(dim=-1, descending=True, stable=True).indices[:, :7]
+        values_NK, ids_NK = topk(logits_NV, 7, tp_group=None)
+        assert torch.equal(ids_NK, expected_NK)
+        assert torch.equal(values_NK, logits_NV.gather(-1, expected_NK).double())
+
+
 def test_gather_at(results: list[dict[str, Any]]) -> None:
     expected_NK = build_logits().gather(-1, results[0]["ids"])
     assert torch.equal(results[0]["gathered"], expected_NK)

@@ -1,13 +1,16 @@
-"""Rollouts, and the padded microbatches that training reads.
+"""Rollouts, and the packed microbatches that training reads.
 
-Shapes: B sequences, T positions. The label shift is done once, here: `loss_mask_BT[b, t]` is set
-where the model at position t predicts a sampled token, which `labels_BT[b, t]` holds.
+Shapes: T positions of all sequences of a microbatch, N those with a loss, H hidden size. The label
+shift is done once, here: `loss_mask_T[t]` is set where the model at position t predicts a sampled
+token, which `labels_T[t]` holds.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -62,52 +65,68 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
 
+    def to(self, device: torch.device | str) -> Rollout:
+        """This rollout with the teacher's hidden states, if it has them, on `device`."""
+        if self.teacher_hidden is None:
+            return self
+        return dataclasses.replace(self, teacher_hidden=self.teacher_hidden.to(device))
+
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Some rollouts as padded rows; see the module docstring for the label shift.
+    """Some rollouts packed into one row, none of which sees another.
 
-    `teacher_hidden_NH` holds the teacher's final hidden states at the loss positions, where known.
+    Each field but the last two is [T]; sequence i is at `cu_lengths[i]` to `cu_lengths[i + 1]`, and
+    its positions start at 0. See the module docstring for the label shift.
     """
 
-    tokens_BT: Tensor
-    positions_BT: Tensor
-    labels_BT: Tensor
-    loss_mask_BT: Tensor
+    tokens_T: Tensor
+    positions_T: Tensor
+    labels_T: Tensor
+    loss_mask_T: Tensor
+    cu_lengths: tuple[int, ...]
     teacher_hidden_NH: Tensor | None = None
+    """The teacher's final hidden states at the loss positions, where known."""
 
     @property
     def labels_N(self) -> Tensor:
         """Sampled ids at the loss positions, in the order of the hidden states there."""
-        return self.labels_BT[self.loss_mask_BT]
+        return self.labels_T[self.loss_mask_T]
+
+    @property
+    def max_length(self) -> int:
+        """Length of the longest sequence."""
+        return max(stop - start for start, stop in pairwise(self.cu_lengths))
 
 
 def build_microbatch(
     rollouts: Sequence[Rollout], device: torch.device, length_multiple: int = 1
 ) -> Microbatch:
-    """Pad rollouts to their longest, rounded up to `length_multiple` (sequence parallelism cuts T).
+    """Pack rollouts, in their order, and fill up to `length_multiple` (of sequence parallelism).
 
-    The last token of a response is predicted but never read, so T is the longest length minus one.
+    The last token of a response is predicted but never read: a rollout takes its length minus one.
+    What fills up is a sequence of its own without loss.
     """
-    longest = max(len(rollout) for rollout in rollouts) - 1
-    num_positions = -(-longest // length_multiple) * length_multiple
-    shape = (len(rollouts), num_positions)
-    tokens_BT, labels_BT = (
-        torch.zeros(shape, dtype=torch.long),
-        torch.zeros(shape, dtype=torch.long),
-    )
-    loss_mask_BT = torch.zeros(shape, dtype=torch.bool)
-    for row, rollout in enumerate(rollouts):
-        sequence = torch.tensor(rollout.prompt_ids + rollout.response_ids)
-        tokens_BT[row, : len(rollout) - 1] = sequence[:-1]
-        labels_BT[row, : len(rollout) - 1] = sequence[1:]
-        loss_mask_BT[row, len(rollout.prompt_ids) - 1 : len(rollout) - 1] = True
+    lengths = [len(rollout) - 1 for rollout in rollouts]
+    num_filled = -sum(lengths) % length_multiple
+    lengths += [num_filled] if num_filled else []
+    tokens: list[int] = []
+    labels: list[int] = []
+    loss_mask: list[bool] = []
+    for rollout in rollouts:
+        sequence = rollout.prompt_ids + rollout.response_ids
+        tokens += sequence[:-1]
+        labels += sequence[1:]
+        num_prompt = len(rollout.prompt_ids) - 1
+        loss_mask += [False] * num_prompt + [True] * len(rollout.response_ids)
     hidden = [r.teacher_hidden for r in rollouts if r.teacher_hidden is not None]
+    filling = [0] * num_filled
     return Microbatch(
-        tokens_BT=tokens_BT.to(device),
-        positions_BT=torch.arange(num_positions, device=device).expand(shape),
-        labels_BT=labels_BT.to(device),
-        loss_mask_BT=loss_mask_BT.to(device),
+        tokens_T=torch.tensor(tokens + filling, device=device),
+        positions_T=torch.cat([torch.arange(length, device=device) for length in lengths]),
+        labels_T=torch.tensor(labels + filling, device=device),
+        loss_mask_T=torch.tensor(loss_mask + [False] * num_filled, device=device),
+        cu_lengths=(0, *accumulate(lengths)),
         teacher_hidden_NH=torch.cat(hidden) if len(hidden) == len(rollouts) else None,
     )
 
@@ -118,16 +137,63 @@ def build_microbatches(
     device: torch.device,
     length_multiple: int = 1,
 ) -> list[Microbatch]:
-    """Cut rollouts into microbatches of at most `max_tokens` padded tokens, alike lengths together.
+    """Cut rollouts into as few microbatches of at most `max_tokens` as balancing allows.
 
-    A rollout that is longer than the budget gets a microbatch of its own. The budget counts lengths
-    before they are rounded up to `length_multiple`.
+    A rollout that is longer gets a microbatch of its own. The budget counts tokens before they are
+    filled up to `length_multiple`.
     """
-    by_length = sorted(rollouts, key=len, reverse=True)
-    groups: list[list[Rollout]] = []
-    for rollout in by_length:
-        if groups and (len(groups[-1]) + 1) * len(groups[-1][0]) <= max_tokens:
-            groups[-1].append(rollout)
-        else:
-            groups.append([rollout])
-    return [build_microbatch(group, device, length_multiple) for group in groups]
+    return [
+        build_microbatch([rollouts[i] for i in group], device, length_multiple)
+        for group in balance([len(rollout) - 1 for rollout in rollouts], max_tokens)
+    ]
+
+
+def plan_moves(lengths: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
+    """How to even out the total lengths of several owners with few moves.
+
+    Args:
+        lengths: those that each owner has.
+
+    Returns:
+        (from, which of its items, to), at most one move for each item. The longest total gives the
+        shortest what brings both closest together, until no item would.
+    """
+    totals = [sum(own) for own in lengths]
+    left = [dict(enumerate(own)) for own in lengths]
+    moves: list[tuple[int, int, int]] = []
+    while True:
+        giver, taker = totals.index(max(totals)), totals.index(min(totals))
+        gap = totals[giver] - totals[taker]
+        useful = [(abs(gap - 2 * n), n, item) for item, n in left[giver].items() if 0 < n < gap]
+        if not useful:
+            return moves
+        _, length, item = min(useful)
+        del left[giver][item]
+        totals[giver] -= length
+        totals[taker] += length
+        moves.append((giver, item, taker))
+
+
+def balance(lengths: Sequence[int], max_total: int) -> list[list[int]]:
+    """Partition indices into groups of about equal total length, each at most `max_total`.
+
+    A length beyond that stands alone. The longest go first, each into the group that is shortest by
+    then (Graham's LPT rule), with one more group until all fit.
+    """
+    num_groups = max(1, -(-sum(lengths) // max_total))
+    while True:
+        groups = split_evenly(lengths, num_groups)
+        if all(len(g) == 1 or sum(lengths[i] for i in g) <= max_total for g in groups):
+            return groups
+        num_groups += 1
+
+
+def split_evenly(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
+    """Partition indices into at most `num_groups` groups of about equal total length, in order."""
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    totals = [0] * num_groups
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        shortest = totals.index(min(totals))
+        groups[shortest].append(index)
+        totals[shortest] += lengths[index]
+    return [sorted(group) for group in groups if group]

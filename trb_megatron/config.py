@@ -138,6 +138,8 @@ class TrainingConfig(Section):
     prompts_per_step: Count = 64
     precision: Literal["fp32", "bf16"] = "bf16"
     max_tokens_per_microbatch: Count = 16384
+    # where the teacher's hidden states wait for the loss: host (pinned memory) makes room on a GPU
+    teacher_hidden_device: Literal["device", "host"] = "device"
     recompute_activations: Flag = False
 
 
@@ -188,6 +190,7 @@ class LossConfig(Section):
     temperature: Positive = 1.0
     jsd_weight: OpenFraction = 0.5  # of the teacher in the mixture; 0 and 1 give zero loss
     veto_coef: Fraction = 0.0  # at step 0; decays linearly to 0 over the run
+    workspace_mb: Count = 512  # for the logits of a chunk of tokens; more is a little faster
 
 
 class OptimizerConfig(Section):
@@ -552,12 +555,14 @@ _MAY_CHANGE = (
     "parallel",
     "training.steps",
     "training.max_tokens_per_microbatch",
+    "training.teacher_hidden_device",
     "rollout.max_sequences",
     "rollout.page_tokens",
     "rollout.cache_gb",
     "rollout.max_prefill_tokens",
     "rollout.cuda_graphs",
     "rollout.draft_tokens",
+    "loss.workspace_mb",
     "checkpoint",
     "evaluation",
     "rewards",

@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -27,6 +28,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import (
@@ -335,6 +337,42 @@ def flash_attention_version(device: torch.device, dtype: torch.dtype) -> int | N
     return 2 if importlib.util.find_spec("flash_attn") is not None else None
 
 
+class PackedDotProductAttention(DotProductAttention):
+    """Megatron's local attention that also takes packed sequences, like Transformer Engine's."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Causal attention of each sequence within itself.
+
+        With packed sequences: query [T, heads, D], key and value [T, groups, D], result
+        [T, heads * D]; without: as in Megatron.
+        """
+        if packed_seq_params is None:
+            return super().forward(
+                query, key, value, attention_mask, attn_mask_type, attention_bias
+            )
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        heads_per_group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))
+        # [heads, T, D] of each sequence
+        queries, keys, values = (
+            x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)
+        )
+        outputs = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+            for q, k, v in zip(queries, keys, values, strict=True)
+        ]
+        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+
+
 class HiddenStateGPTModel(GPTModel):
     """A GPT model whose forward ends at the final hidden states; `project` makes the logits.
 
@@ -349,7 +387,8 @@ class HiddenStateGPTModel(GPTModel):
         """[T, B, H] of the whole sequence from the last stage's output.
 
         With sequence parallelism an all-gather over the tensor-parallel group of [T/tp, B, H]; its
-        backward takes this rank's part, since `project` has summed the gradient already.
+        backward takes this rank's part, since the fused loss (or `project`) has summed the gradient
+        already.
         """
         if not self.config.sequence_parallel:
             return hidden
@@ -357,21 +396,27 @@ class HiddenStateGPTModel(GPTModel):
             hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
         )
 
+    @property
+    def output_weight(self) -> Any:
+        """This rank's rows [U, H] of the output weight, tied or not; on the last stage.
+
+        A parameter on which Megatron's data parallelism hangs a gradient buffer, `main_grad`.
+        """
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
     def project(self, hidden: Tensor) -> Tensor:
         """Vocabulary-parallel logits [..., U] of gathered hidden states [..., H], in their type.
 
         Differentiable: the gradient of the replicated `hidden` is all-reduced over the
         tensor-parallel group, that of the weight shard is local.
         """
-        if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        else:
-            weight = self.output_layer.weight
         if not torch.is_grad_enabled():
-            return F.linear(hidden, weight)
+            return F.linear(hidden, self.output_weight)
         return linear_with_grad_accumulation_and_async_allreduce(
             hidden,
-            weight,
+            self.output_weight,
             None,
             gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
             allreduce_dgrad=self.config.tensor_model_parallel_size > 1,
@@ -518,6 +563,8 @@ def _layer_specs(config: TransformerConfig, on_gpu: bool) -> TransformerBlockSub
         final_norm = RMSNorm
     spec.module = PagedTransformerLayer
     spec.submodules.self_attention.module = PagedSelfAttention
+    if not (HAVE_TE and on_gpu):
+        spec.submodules.self_attention.submodules.core_attention = PackedDotProductAttention
     return TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=final_norm
     )

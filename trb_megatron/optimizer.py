@@ -29,6 +29,8 @@ def wrap_student(model: HiddenStateGPTModel, config: OptimizerConfig) -> Distrib
     """Give the student fp32 gradient buffers that are reduced over the data-parallel group."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
+        # The fused loss adds to the output weight's buffer itself: an untied weight gets no
+        # gradient from autograd, and with overlap its bucket would wait for one.
         overlap_grad_reduce=False,
         use_distributed_optimizer=config.distributed,
     )

@@ -32,8 +32,8 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from trb_megatron.batch import Microbatch, Rollout, build_microbatches
-from trb_megatron.blending import align_stop_ids, kl_budget_at
+from trb_megatron.batch import Microbatch, Rollout, build_microbatches, plan_moves
+from trb_megatron.blending import kl_budget_at
 from trb_megatron.checkpoint import (
     TrainingState,
     find_checkpoints,
@@ -55,8 +55,9 @@ from trb_megatron.distributed import ParallelLayout, gather_from_leaders, is_ran
 from trb_megatron.drafting import DraftCosts
 from trb_megatron.evaluate import Evaluator
 from trb_megatron.forward import forward_backward, forward_hidden
+from trb_megatron.fused_loss import OutputLayer, fused_loss
 from trb_megatron.hf_weights import save_hf_checkpoint
-from trb_megatron.loss import LOSSES
+from trb_megatron.loss import LossOptions
 from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
 from trb_megatron.models import token_multiple
@@ -183,7 +184,7 @@ class Trainer:
             rollouts = self._rollout(prompts, policy)
         rewards = self._score(rollouts)
         microbatches = build_microbatches(
-            rollouts,
+            self._balance(rollouts),
             self.config.training.max_tokens_per_microbatch,
             self.layout.device,
             token_multiple(self.models.student.config),
@@ -270,11 +271,37 @@ class Trainer:
             [answer for _, answer in graded],
         )
 
+    def _balance(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Move rollouts between replicas until each trains on about as many tokens.
+
+        Each rank talks to its peers in the data-parallel group: an all-gather of the lengths, then
+        a send of every rollout that moves, with what it knows of the teacher.
+        """
+        layout = self.layout
+        lengths: list[list[int]] = [[] for _ in range(layout.dp_size)]
+        own_lengths = [len(rollout) - 1 for rollout in rollouts]
+        dist.all_gather_object(lengths, own_lengths, group=layout.dp_group)
+        moves = plan_moves(lengths)
+        ranks = dist.get_process_group_ranks(layout.dp_group)
+        given = {item for giver, item, _ in moves if giver == layout.dp_rank}
+        kept = [rollout for item, rollout in enumerate(rollouts) if item not in given]
+        for giver, item, taker in moves:
+            if layout.dp_rank == giver:
+                # What was recorded of its tokens is reported by the replica that drew them.
+                moving = dataclasses.replace(rollouts[item], record=None).to("cpu")
+                dist.send_object_list([moving], ranks[taker], layout.dp_group)
+            elif layout.dp_rank == taker:
+                received: list[Any] = [None]
+                dist.recv_object_list(received, ranks[giver], layout.dp_group)
+                kept.append(received[0].to(layout.device))
+        return kept
+
     def _add_teacher_hidden(self, microbatches: list[Microbatch]) -> list[Microbatch]:
         """Attach the teacher's hidden states at the loss positions, on the last stage."""
         if self.models.teacher is None:
             return microbatches
-        hidden = forward_hidden(self.models.teacher, microbatches)
+        to_host = self.config.training.teacher_hidden_device == "host"
+        hidden = forward_hidden(self.models.teacher, microbatches, to_host=to_host)
         if not self.layout.is_last_stage:
             return microbatches
         return [
@@ -296,37 +323,34 @@ class Trainer:
 
     def _loss(self, hidden_NH: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss over the sampled tokens of a microbatch, and sums of its metrics."""
-        student, teacher, loss = self.models.student, self.models.teacher, self.config.loss
-        alignment, tp_group = self.models.alignment, self.layout.tp_group
-        student_logits_NU = student.project(hidden_NH) / loss.temperature
-        teacher_logits_NU = None
-        if teacher is not None:
+        models, loss = self.models, self.config.loss
+        teacher, alignment = None, None
+        if models.teacher is not None:
             assert microbatch.teacher_hidden_NH is not None
-            with torch.no_grad():
-                teacher_logits_NU = align_stop_ids(
-                    teacher.project(microbatch.teacher_hidden_NH) / loss.temperature,
-                    alignment.teacher_ids,
-                    alignment,
-                    tp_group=tp_group,
-                )
-            student_logits_NU = align_stop_ids(
-                student_logits_NU, alignment.student_ids, alignment, tp_group=tp_group
-            )
+            teacher = OutputLayer(microbatch.teacher_hidden_NH, models.teacher.output_weight)
+            alignment = models.alignment
+        weight = models.student.output_weight
         veto_remaining = 1.0 - self.step / self.config.training.steps
-        output = LOSSES[loss.name](
-            student_logits_NU,
-            teacher_logits_NU,
-            tp_group=tp_group,
-            num_valid=self.models.tokenizer_size,
-            top_k=loss.top_k,
-            jsd_weight=loss.jsd_weight,
-            veto_coef=loss.veto_coef * veto_remaining,
+        output = fused_loss(
+            loss.name,
+            OutputLayer(hidden_NH, weight),
+            teacher,
+            options=LossOptions(
+                top_k=loss.top_k,
+                temperature=loss.temperature,
+                jsd_weight=loss.jsd_weight,
+                veto_coef=loss.veto_coef * veto_remaining,
+            ),
+            tp_group=self.layout.tp_group,
+            num_valid=models.tokenizer_size,
+            alignment=alignment,
             sampled_ids=microbatch.labels_N,
+            weight_grad_UH=weight.main_grad,
+            workspace_bytes=loss.workspace_mb * 10**6,
         )
-        loss_sum = output.per_token.sum()
-        self._loss_is_finite &= bool(loss_sum.isfinite())
+        self._loss_is_finite &= bool(output.loss_sum.isfinite())
         sums = {f"loss/{name}": values.sum() for name, values in output.metrics.items()}
-        return loss_sum, {"loss": loss_sum.detach(), **sums}
+        return output.loss_sum, {"loss": output.loss_sum.detach(), **sums}
 
     def _finalize_gradients(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
         """Stop on a non-finite loss or gradient while it is known whose it is, then reduce."""

@@ -19,6 +19,8 @@ from torch import Tensor
 FLOAT32_MIN = torch.finfo(torch.float32).min
 # Columns that sampling looks at one by one; of the others it needs sums of so many.
 _CHUNK_WIDTH = 128
+# Columns of which a search for the largest first looks at the maximum.
+_SEGMENT = 64
 
 
 def vocab_range(local_width: int, tp_group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -74,16 +76,30 @@ def mask_invalid(
     Raises ValueError unless 1 <= num_valid <= V.
     """
     logits_NU = logits_NU.float()
-    if num_valid is None:
-        return logits_NU
-    start, stop = vocab_range(logits_NU.shape[-1], tp_group)
-    if not 1 <= num_valid <= vocab_size(logits_NU.shape[-1], tp_group):
-        raise ValueError(f"num_valid={num_valid} is outside the vocabulary of the shards")
-    if stop <= num_valid:
+    if _num_valid_columns(logits_NU.shape[-1], num_valid, tp_group) == logits_NU.shape[-1]:
         return logits_NU
     masked_NU = logits_NU.clone()
-    masked_NU[:, max(num_valid - start, 0) :] = -torch.inf
+    mask_invalid_(masked_NU, num_valid, tp_group)
     return masked_NU
+
+
+def mask_invalid_(
+    logits_NU: Tensor, num_valid: int | None, tp_group: dist.ProcessGroup | None
+) -> None:
+    """`mask_invalid` in place, in the type of the logits."""
+    logits_NU[:, _num_valid_columns(logits_NU.shape[-1], num_valid, tp_group) :] = -torch.inf
+
+
+def _num_valid_columns(
+    local_width: int, num_valid: int | None, tp_group: dist.ProcessGroup | None
+) -> int:
+    """How many columns of this shard are among the first `num_valid` of all shards."""
+    if num_valid is None:
+        return local_width
+    if not 1 <= num_valid <= vocab_size(local_width, tp_group):
+        raise ValueError(f"num_valid={num_valid} is outside the vocabulary of the shards")
+    start, _ = vocab_range(local_width, tp_group)
+    return min(max(num_valid - start, 0), local_width)
 
 
 @dataclass(frozen=True)
@@ -244,7 +260,7 @@ def topk(logits_NU: Tensor, k: int, *, tp_group: dist.ProcessGroup | None) -> tu
     if not 1 <= k <= vocab_size(logits_NU.shape[-1], tp_group):
         raise ValueError(f"top_k={k} must be at least 1 and at most the number of valid ids")
     start, _ = vocab_range(logits_NU.shape[-1], tp_group)
-    values_NK, ids_NK = _local_topk(logits_NU, min(k, logits_NU.shape[-1]))
+    values_NK, ids_NK = _segmented_topk(logits_NU, min(k, logits_NU.shape[-1]))
     candidates_RNK2 = all_gather(
         torch.stack((values_NK.double(), (ids_NK + start).double()), dim=-1), tp_group
     )
@@ -254,6 +270,25 @@ def topk(logits_NU: Tensor, k: int, *, tp_group: dist.ProcessGroup | None) -> tu
     values_NK, order_NK = values_NK[:, :k], order_NK[:, :k]
     raise_at_row({f"top_k={k} exceeds the number of valid ids": values_NK[:, -1] == -torch.inf})
     return values_NK, candidates_NK2[..., 1].gather(-1, order_NK).long()
+
+
+def _segmented_topk(logits_NU: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`_local_topk` that looks for the k largest only in the k segments of the largest maxima.
+
+    Exact: an id outside of them has k ids before it, those of the segments' maxima (of equal
+    segments, too, the lowest are taken).
+    """
+    num_segments = logits_NU.shape[-1] // _SEGMENT
+    if num_segments <= 2 * k:
+        return _local_topk(logits_NU, k)
+    rest = num_segments * _SEGMENT
+    segments_NSJ = logits_NU[:, :rest].unflatten(-1, (num_segments, _SEGMENT))
+    chosen_NK = _local_topk(segments_NSJ.amax(dim=-1), k)[1].sort(dim=-1).values
+    columns_NKJ = chosen_NK[..., None] * _SEGMENT + torch.arange(_SEGMENT, device=chosen_NK.device)
+    rest_ids = torch.arange(rest, logits_NU.shape[-1], device=chosen_NK.device)
+    ids_NC = torch.cat((columns_NKJ.flatten(1), rest_ids.expand(len(logits_NU), -1)), dim=-1)
+    values_NK, indices_NK = _local_topk(logits_NU.gather(-1, ids_NC), k)
+    return values_NK, ids_NC.gather(-1, indices_NK)
 
 
 def _local_topk(logits_NU: Tensor, k: int) -> tuple[Tensor, Tensor]:
