@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from trb_megatron import distributed
-from trb_megatron.blending import StopAlignment
 from trb_megatron.config import ParallelConfig, RolloutConfig
 from trb_megatron.distributed import ParallelLayout
+from trb_megatron.stop_alignment import StopAlignment
 
 VOCAB_SIZE = 4096
 STOP_ID = VOCAB_SIZE - 1

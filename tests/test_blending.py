@@ -16,17 +16,9 @@ from tests.distributed import ShardWidthGuard, run_distributed, vocab_shard
 from tests.reference import blend_logprobs, dense_blend, kl
 from tests.test_golden import load
 from trb_megatron import blending, vocab_parallel
-from trb_megatron.blending import (
-    Behavior,
-    Draw,
-    StopAlignment,
-    accept_tokens,
-    align_stop_ids,
-    draw_tokens,
-    kl_budget_at,
-    propose_tokens,
-    solve_behavior,
-)
+from trb_megatron.blending import Behavior, kl_budget_at, solve_behavior
+from trb_megatron.coupling import Draw, accept_tokens, draw_tokens, propose_tokens
+from trb_megatron.stop_alignment import StopAlignment, align_stop_ids
 from trb_megatron.uniforms import Purpose, counter_uniforms
 from trb_megatron.vocab_parallel import (
     all_gather,

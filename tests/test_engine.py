@@ -30,12 +30,12 @@ def _run(folder: Path) -> dict[str, Any]:
 
     layout = distributed.initialize(ParallelConfig())
 
-    from trb_megatron.blending import StopAlignment
     from trb_megatron.hf_weights import load_hf_weights
     from trb_megatron.models import build_model, read_hf_config
     from trb_megatron.policies import BlendPolicy, Sampling
     from trb_megatron.rollout import RolloutEngine
     from trb_megatron.scheduler import Request
+    from trb_megatron.stop_alignment import StopAlignment
 
     models = []
     for name in ("student", "teacher"):

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from tests.distributed import run_distributed
 from tests.reference import dense_loss
 from tests.test_golden import GOLDEN_NAMES, load
-from trb_megatron.blending import StopAlignment
 from trb_megatron.fused_loss import FusedLossOutput, OutputLayer, fused_loss
 from trb_megatron.loss import LOSSES, LossOptions
+from trb_megatron.stop_alignment import StopAlignment
 from trb_megatron.vocab_parallel import all_gather
 
 NUM_TOKENS, NUM_VALID, NUM_ROWS, WIDTHS = 11, 203, 208, (24, 40)

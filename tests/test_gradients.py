@@ -72,8 +72,8 @@ def plain_forward(model: Any, microbatch: Microbatch) -> torch.Tensor:
 
 def dense_loss(trainer: Any, hidden_NH: torch.Tensor, microbatch: Microbatch) -> Any:
     """The trainer's loss from all logits at once."""
-    from trb_megatron.blending import align_stop_ids
     from trb_megatron.loss import LOSSES
+    from trb_megatron.stop_alignment import align_stop_ids
 
     models = trainer.models
     assert microbatch.teacher_hidden_NH is not None

@@ -13,7 +13,6 @@ from tests.distributed import ShardWidthGuard, run_distributed, vocab_shard
 from tests.layouts import LAYOUTS, ONE_RANK, SKD_TEMPERATURE, SKD_TOP_K, Layout, ProbeResult
 from tests.reference import DenseBehavior, dense_skd, dense_teacher
 from tests.tiny import END_OF_TEXT, IM_END, TOKENIZER_SIZE
-from trb_megatron.blending import StopAlignment
 from trb_megatron.policies import (
     BlendPolicy,
     Guidance,
@@ -25,6 +24,7 @@ from trb_megatron.policies import (
     Uniforms,
     is_in_topk,
 )
+from trb_megatron.stop_alignment import StopAlignment
 from trb_megatron.vocab_parallel import all_gather
 
 NUM_ROWS, NUM_VALID, NUM_IDS = 6, 21, 23

@@ -41,12 +41,12 @@ def _sample(folder: Path) -> dict[str, Counts]:
 
     layout = distributed.initialize(ParallelConfig())
 
-    from trb_megatron.blending import StopAlignment
     from trb_megatron.hf_weights import load_hf_weights
     from trb_megatron.models import build_model, read_hf_config
     from trb_megatron.policies import BlendPolicy, Policy, Sampling, SKDPolicy, TeacherPolicy
     from trb_megatron.rollout import RolloutEngine
     from trb_megatron.scheduler import Request
+    from trb_megatron.stop_alignment import StopAlignment
 
     models = []
     for name in ("student", "teacher"):
@@ -67,7 +67,7 @@ def _sample(folder: Path) -> dict[str, Counts]:
         return Counter(r.response_ids for r in engine.generate(requests, policy, sampling))
 
     counts = {f"{drafts} drafts": count(drafts) for drafts in DRAFTS}
-    with mock.patch("trb_megatron.blending.accept_tokens", _always_accept):
+    with mock.patch("trb_megatron.coupling.accept_tokens", _always_accept):
         counts["always accept"] = count(1)
     return counts | {"skd": count(4, skd), "teacher": count(4, teacher)}
 

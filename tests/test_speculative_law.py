@@ -180,12 +180,12 @@ def _sample(folder: Path) -> dict[str, tuple[Counts, Counts]]:
     num_ranks = torch.distributed.get_world_size()
     layout = distributed.initialize(ParallelConfig(tensor_model_parallel_size=num_ranks))
 
-    from trb_megatron.blending import StopAlignment
     from trb_megatron.hf_weights import load_hf_weights
     from trb_megatron.models import build_model, read_hf_config
     from trb_megatron.policies import BlendPolicy, Sampling, SKDPolicy, TeacherPolicy
     from trb_megatron.rollout import RolloutEngine
     from trb_megatron.scheduler import Request
+    from trb_megatron.stop_alignment import StopAlignment
 
     models = []
     for name in ("student", "teacher"):
@@ -213,7 +213,7 @@ def _sample(folder: Path) -> dict[str, tuple[Counts, Counts]]:
     counts = {policy: count(policy, number) for policy, number in NUM_RESPONSES.items()}
     if num_ranks == 1:
         for name, (function, mutant) in MUTANTS.items():
-            with mock.patch(f"trb_megatron.blending.{function}", mutant):
+            with mock.patch(f"trb_megatron.coupling.{function}", mutant):
                 counts[name] = count("wide", NUM_MUTANT_RESPONSES)
     return counts
 

@@ -1,4 +1,4 @@
-"""The behavior policy of Trust-Region behavior Blending (TRB): solver, schedule, stop ids, draw.
+"""The behavior policy of Trust-Region behavior Blending (TRB): solver and schedule of the budget.
 
 p = student, q = teacher, mu = behavior policy, r = log q - log p; natural logarithms. Per prefix
 mu is the distribution closest to the teacher, in KL(mu||q), within KL(mu||p) <= budget of the
@@ -9,14 +9,14 @@ The solver knows the moments of r at both ends of the path from one look at the 
 it predicts b, evaluates the blend there, and takes the remaining small step by a Taylor expansion
 whose error is bounded; only where the bound is too large it looks at the logits once more.
 
-Shapes: N rows (prefixes), M a subset of them, J candidates per row, F fields of a `_Point`, K ids
-of a row, R ranks of the tensor-parallel group, V full vocabulary, U this rank's shard. An id that
-is -inf in both models does not exist.
+Shapes: N rows (prefixes), M a subset of them, J candidates per row, F fields of a `_Point`, R ranks
+of the tensor-parallel group, V full vocabulary, U this rank's shard. An id that is -inf in both
+models does not exist.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,17 +28,12 @@ from trb_megatron.vocab_parallel import (
     Softmax,
     all_gather,
     combine_softmax,
-    gather_at,
-    gather_each_at,
     mask_invalid,
     raise_at_row,
     row_blocks,
     row_dot,
     rows_per_block,
-    sample_inverse_cdf,
     shard_softmax,
-    vocab_range,
-    vocab_size,
 )
 
 # The search aims this far below the budget, and a last step may err by as much: a row's KL ends
@@ -54,8 +49,6 @@ _NUM_GRID_POINTS = 8
 _FLOAT32_MAX_RATIO = 64.0
 # Keeps logarithms of a variance finite.
 _LEAST_VARIANCE = 1e-290
-# A residual mass below this is rounding of fp32 log-probabilities.
-_RESIDUAL_FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -715,244 +708,3 @@ def kl_budget_at(step: int, kl_budget: float, warmup_steps: int, schedule: str =
     if step >= warmup_steps:
         return 0.0
     return kl_budget * (1 - step / warmup_steps) if schedule == "linear" else kl_budget
-
-
-@dataclass(frozen=True)
-class StopAlignment:
-    """The end-of-sequence ids of both models, in the order of their generation configs.
-
-    Raises ValueError when a model has none.
-    """
-
-    student_ids: tuple[int, ...]
-    teacher_ids: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        for name, ids in (("student", self.student_ids), ("teacher", self.teacher_ids)):
-            if not ids:
-                raise ValueError(f"the {name} has no end-of-sequence id")
-
-    @property
-    def stop_id(self) -> int:
-        """The one id that stands for stopping: the student's first."""
-        return self.student_ids[0]
-
-    @property
-    def removed_ids(self) -> tuple[int, ...]:
-        """The ids that no longer exist after the merge, ascending."""
-        return tuple(sorted({*self.student_ids, *self.teacher_ids} - {self.stop_id}))
-
-    @property
-    def is_trivial(self) -> bool:
-        """Whether both models stop with the same single id, so that there is nothing to merge."""
-        return not self.removed_ids
-
-
-def align_stop_ids(
-    logits_NU: Tensor,
-    own_ids: tuple[int, ...],
-    alignment: StopAlignment,
-    *,
-    tp_group: dist.ProcessGroup | None,
-) -> Tensor:
-    """Make stopping one id: a model's own stop ids merge into `alignment.stop_id`.
-
-    Column stop_id becomes the logsumexp over `own_ids` (this model's stop ids) and the removed ids
-    become -inf. Divide by the temperature before. Returns `logits_NU` itself when trivial.
-
-    One all-gather over `tp_group` forward and one backward (explicit); logits and result sharded,
-    [N, U], dtype kept. Differentiable: the merged column's gradient spreads over `own_ids` by
-    softmax, removed ids that are not among them get zero. Raises ValueError for an id beyond the
-    vocabulary.
-    """
-    if alignment.is_trivial:
-        return logits_NU
-    return _MergeStopIds.apply(logits_NU, own_ids, alignment, tp_group)
-
-
-class _MergeStopIds(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_NU: Tensor,
-        own_ids: tuple[int, ...],
-        alignment: StopAlignment,
-        tp_group: dist.ProcessGroup | None,
-    ) -> Tensor:
-        merged_NU = logits_NU.clone()
-        shares_NK = merge_stop_ids_(merged_NU, own_ids, alignment, tp_group=tp_group)
-        ctx.save_for_backward(shares_NK)
-        ctx.own_ids, ctx.alignment, ctx.tp_group = own_ids, alignment, tp_group
-        return merged_NU
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (shares_NK,) = ctx.saved_tensors
-        grad_NU = grads[0].clone()
-        spread_stop_gradient_(grad_NU, shares_NK, ctx.own_ids, ctx.alignment, tp_group=ctx.tp_group)
-        return grad_NU, None, None, None
-
-
-def merge_stop_ids_(
-    logits_NU: Tensor,
-    own_ids: tuple[int, ...],
-    alignment: StopAlignment,
-    *,
-    tp_group: dist.ProcessGroup | None,
-) -> Tensor:
-    """`align_stop_ids` in place and outside of autograd.
-
-    Returns the shares [N, K] fp32 of the merged logit's gradient that go to the distinct
-    `own_ids`. One all-gather over `tp_group`; logits sharded, shares replicated.
-    """
-    num_columns = vocab_size(logits_NU.shape[-1], tp_group)
-    for stop_id in (*own_ids, alignment.stop_id, *alignment.removed_ids):
-        if not 0 <= stop_id < num_columns:
-            raise ValueError(f"end-of-sequence id {stop_id} is beyond the vocabulary")
-    ids_K = torch.tensor(_distinct(own_ids), device=logits_NU.device)
-    ids_NK = ids_K.expand(len(logits_NU), -1)
-    own_NK = gather_at(logits_NU, ids_NK, tp_group=tp_group).float()
-    start, stop = vocab_range(logits_NU.shape[-1], tp_group)
-    logits_NU[:, _columns(alignment.removed_ids, start, stop)] = -torch.inf
-    if start <= alignment.stop_id < stop:
-        logits_NU[:, alignment.stop_id - start] = own_NK.logsumexp(dim=-1).to(logits_NU.dtype)
-    return own_NK.softmax(dim=-1)
-
-
-def spread_stop_gradient_(
-    grad_NU: Tensor,
-    shares_NK: Tensor,
-    own_ids: tuple[int, ...],
-    alignment: StopAlignment,
-    *,
-    tp_group: dist.ProcessGroup | None,
-) -> None:
-    """Turn the gradient of merged logits into that of the logits before, in place.
-
-    `shares_NK` are those that `merge_stop_ids_` returned. One all-gather over `tp_group`; gradient
-    sharded, shares replicated.
-    """
-    stop_N = torch.full((len(grad_NU),), alignment.stop_id, device=grad_NU.device)
-    merged_N1 = gather_at(grad_NU, stop_N, tp_group=tp_group)[:, None].float()
-    own_NK = (merged_N1 * shares_NK).to(grad_NU.dtype)
-    start, stop = vocab_range(grad_NU.shape[-1], tp_group)
-    grad_NU[:, _columns((alignment.stop_id, *alignment.removed_ids), start, stop)] = 0
-    own_ids = _distinct(own_ids)
-    local = [k for k, own_id in enumerate(own_ids) if start <= own_id < stop]
-    grad_NU[:, [own_ids[k] - start for k in local]] = own_NK[:, local]
-
-
-def spread_stop_columns(
-    ids_NK: Tensor,
-    grad_NK: Tensor,
-    shares_NJ: Tensor,
-    own_ids: tuple[int, ...],
-    alignment: StopAlignment,
-) -> tuple[Tensor, Tensor]:
-    """`spread_stop_gradient_` for a gradient of K columns per row, given by global ids.
-
-    Returns ids and values [N, K + J] for J distinct `own_ids`. `ids_NK` name no removed id and none
-    twice; the result may name one twice, whose values add up. No communication.
-    """
-    is_stop_NK = ids_NK == alignment.stop_id
-    merged_N1 = torch.where(is_stop_NK, grad_NK, 0.0).sum(dim=-1, keepdim=True)
-    own_NJ = torch.tensor(_distinct(own_ids), device=ids_NK.device).expand(len(ids_NK), -1)
-    kept_NK = torch.where(is_stop_NK, 0.0, grad_NK)
-    return torch.cat((ids_NK, own_NJ), -1), torch.cat((kept_NK, merged_N1 * shares_NJ), -1)
-
-
-def _distinct(ids: tuple[int, ...]) -> tuple[int, ...]:
-    """The ids in their order, each once."""
-    return tuple(dict.fromkeys(ids))
-
-
-def _columns(ids: tuple[int, ...], start: int, stop: int) -> list[int]:
-    """The local columns of those `ids` that this shard owns."""
-    return [i - start for i in ids if start <= i < stop]
-
-
-class Draw(NamedTuple):
-    """Tokens drawn from the behavior policy; each field is [N] and replicated."""
-
-    token_ids: Tensor
-    """int64, distributed as the behavior policy."""
-    proposed_ids: Tensor
-    """int64, the student's proposal."""
-    accepted: Tensor
-    """bool, whether the proposal was accepted (where rounding leaves no residual it stays, too)."""
-
-
-def propose_tokens(
-    student_logprobs_NU: Tensor, u_draft_N: Tensor, *, tp_group: dist.ProcessGroup | None
-) -> Tensor:
-    """Sample the student: the proposal of each position, [N] int64.
-
-    Two all-gathers over `tp_group`; log-probabilities sharded, uniforms and result replicated.
-    """
-    return sample_inverse_cdf(student_logprobs_NU.exp(), u_draft_N, tp_group=tp_group)
-
-
-def accept_tokens(
-    student_logprob_N: Tensor, behavior_logprob_N: Tensor, u_accept_N: Tensor
-) -> Tensor:
-    """Accept a proposal when u < mu(y) / p(y), given its log-probabilities; [N] bool."""
-    return u_accept_N < (behavior_logprob_N - student_logprob_N).double().exp()
-
-
-def sample_residual(
-    student_logprobs_NU: Tensor,
-    behavior_logprobs_NU: Tensor,
-    proposed_ids_N: Tensor,
-    u_residual_N: Tensor,
-    *,
-    tp_group: dist.ProcessGroup | None,
-) -> Tensor:
-    """Sample (mu - p)+ normalized, for proposals that were not accepted, [N] int64.
-
-    Where its mass is below rounding the proposal stays. Three all-gathers over `tp_group`;
-    log-probabilities sharded, the rest replicated.
-    """
-    residual_NU = (behavior_logprobs_NU.exp() - student_logprobs_NU.exp()).clamp_min_(0)
-    mass_N = all_gather(residual_NU.sum(dim=-1, dtype=torch.float64), tp_group).sum(dim=0)
-    (rows_M,) = (mass_N > _RESIDUAL_FLOOR).nonzero(as_tuple=True)
-    token_ids_N = proposed_ids_N.clone()
-    token_ids_N[rows_M] = sample_inverse_cdf(
-        residual_NU[rows_M], u_residual_N[rows_M], tp_group=tp_group
-    )
-    return token_ids_N
-
-
-def draw_tokens(
-    student_logprobs_NU: Tensor,
-    behavior_logprobs_NU: Tensor,
-    u_draft_N: Tensor,
-    u_accept_N: Tensor,
-    u_residual_N: Tensor,
-    *,
-    tp_group: dist.ProcessGroup | None,
-) -> Draw:
-    """Draw a token per position from the behavior policy, starting from the student's proposal.
-
-    y ~ p is kept when u_accept < mu(y) / p(y); otherwise the token comes from (mu - p)+ (maximal
-    coupling, as in speculative sampling, Leviathan et al., arXiv 2211.17192, section 2.3). The law
-    is exactly mu. Where both are bitwise equal the proposal is always kept.
-
-    At most six all-gathers over `tp_group`; log-probabilities sharded [N, U], uniforms ([N] in
-    [0, 1)) and results replicated; not differentiable.
-    """
-    proposed_N = propose_tokens(student_logprobs_NU, u_draft_N, tp_group=tp_group)
-    student_N, behavior_N = gather_each_at(
-        (student_logprobs_NU, behavior_logprobs_NU), proposed_N, tp_group=tp_group
-    )
-    accepted_N = accept_tokens(student_N, behavior_N, u_accept_N)
-    token_ids_N = proposed_N.clone()
-    (rows_M,) = (~accepted_N).nonzero(as_tuple=True)
-    if len(rows_M) > 0:
-        token_ids_N[rows_M] = sample_residual(
-            student_logprobs_NU[rows_M],
-            behavior_logprobs_NU[rows_M],
-            proposed_N[rows_M],
-            u_residual_N[rows_M],
-            tp_group=tp_group,
-        )
-    return Draw(token_ids_N, proposed_N, accepted_N)

@@ -21,12 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trb_megatron.blending import (
-    StopAlignment,
-    merge_stop_ids_,
-    spread_stop_columns,
-    spread_stop_gradient_,
-)
 from trb_megatron.loss import (
     LOSSES,
     Loss,
@@ -35,6 +29,12 @@ from trb_megatron.loss import (
     VocabInputs,
     compute_metrics,
     view_model,
+)
+from trb_megatron.stop_alignment import (
+    StopAlignment,
+    merge_stop_ids_,
+    spread_stop_columns,
+    spread_stop_gradient_,
 )
 from trb_megatron.vocab_parallel import mask_invalid_, vocab_range
 

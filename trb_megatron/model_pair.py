@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trb_megatron.blending import StopAlignment
 from trb_megatron.config import Config
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.hf_weights import load_hf_weights
@@ -21,6 +20,7 @@ from trb_megatron.models import (
     padded_vocab_size,
     read_hf_config,
 )
+from trb_megatron.stop_alignment import StopAlignment
 from trb_megatron.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids, tokenizer_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

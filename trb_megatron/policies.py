@@ -3,7 +3,7 @@
 A policy sees the logits of N prefixes on this rank's vocabulary shard, and the random numbers of
 each. It knows nothing of caches, batches or draft lengths. A policy that asks the teacher is a
 distribution mu here, no more: all of them draw by the same maximal coupling with the student's
-proposal (`blending.draw_tokens`), hence exactly and speculatively at any draft length.
+proposal (`coupling.draw_tokens`), hence exactly and speculatively at any draft length.
 
 p = student, q = teacher, both at the rollout temperature, over aligned stop events; mu = behavior
 policy. Shapes: N prefixes, U this rank's vocabulary shard.
@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trb_megatron.batch import TokenRecord
-from trb_megatron.blending import StopAlignment, align_stop_ids, draw_tokens, solve_behavior
+from trb_megatron.blending import solve_behavior
+from trb_megatron.coupling import draw_tokens
+from trb_megatron.stop_alignment import StopAlignment, align_stop_ids
 from trb_megatron.uniforms import Purpose, keyed_uniforms
 from trb_megatron.vocab_parallel import (
     Softmax,
@@ -110,7 +112,7 @@ def _tempered_logits(
 
 @dataclass(frozen=True)
 class StudentPolicy:
-    """The student's own distribution; with `alignment` over aligned stop events (`blending`)."""
+    """The student's own distribution, with `alignment` over aligned stop events."""
 
     sampling: Sampling
     tp_group: dist.ProcessGroup | None = None
