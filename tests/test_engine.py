@@ -2,12 +2,14 @@
 
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import run_distributed
 from tests.tiny import TOKENIZER_SIZE, make_checkpoint
@@ -68,6 +70,9 @@ def _run(folder: Path) -> dict[str, Any]:
     with mock.patch("trb_megatron.rollout.RolloutEngine.uses_cuda_graphs", True), _recording():
         found["recorded"] = tokens(make_engine())
 
+    with _no_readback():
+        found["watched"] = tokens(make_engine())
+
     with _groups(2) as events:
         found["two groups"] = tokens(make_engine())
     found["events"] = events
@@ -85,7 +90,21 @@ def _run(folder: Path) -> dict[str, Any]:
         batch = [Request(1000 * part + i, 0, requests[i % 24].prompt_ids) for i in range(1000)]
         many.generate(batch, short_policy, short)
         found["peak memory"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+    with _no_readback(), mock.patch("trb_megatron.policies.sample_softmax", _checking):
+        try:
+            tokens(make_engine())
+        except _ReadbackError as error:
+            found["readback"] = str(error)
     return found
+
+
+def _checking(*args: Any, **kwargs: Any) -> Any:
+    from trb_megatron.vocab_parallel import sample_softmax
+
+    ids_N, log_normalizer_N = sample_softmax(*args, **kwargs)
+    assert log_normalizer_N.isfinite().all()
+    return ids_N, log_normalizer_N
 
 
 def _recording() -> Any:
@@ -102,6 +121,46 @@ def _recording() -> Any:
     return mock.patch.object(
         decode_graphs.DecodeGraphs.__init__, "__defaults__", (*defaults[:-1], record)
     )
+
+
+class _ReadbackError(RuntimeError):
+    """Something inside a draft made the host wait for the device."""
+
+
+class _NoReadback(TorchDispatchMode):
+    """Refuses what a GPU could only do after the host has waited for it."""
+
+    _refused = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        has_mask = func._schema.name in ("aten::index", "aten::index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if has_mask or func._schema.name.removeprefix("aten::") in self._refused:
+            raise _ReadbackError(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _no_readback() -> Iterator[None]:
+    """Watch all of a round from the first draft to the teacher's scores."""
+    from trb_megatron.rollout import _Run
+
+    draft, score = _Run._draft, _Run._score
+
+    def watched_draft(run: Any, view: Any) -> Any:
+        with _NoReadback():
+            return (yield from draft(run, view))
+
+    def watched_score(run: Any, view: Any, drafted_SG: Any) -> Any:
+        with _NoReadback():
+            return score(run, view, drafted_SG)
+
+    with (
+        mock.patch.object(_Run, "_draft", watched_draft),
+        mock.patch.object(_Run, "_score", watched_score),
+    ):
+        yield
 
 
 class _groups:
@@ -142,10 +201,14 @@ class _groups:
             patch.stop()
 
 
-@pytest.mark.parametrize("variant", ["chunked", "recorded", "two groups"])
+@pytest.mark.parametrize("variant", ["chunked", "recorded", "watched", "two groups"])
 def test_same_tokens(results: dict[str, Any], variant: str) -> None:
     assert len(set(results["plain"])) == NUM_PROMPTS * PER_PROMPT
     assert results[variant] == results["plain"]
+
+
+def test_a_host_that_waits_inside_a_draft_is_noticed(results: dict[str, Any]) -> None:
+    assert "_local_scalar_dense" in results["readback"] or "is_nonzero" in results["readback"]
 
 
 def test_a_prompt_is_prefilled_once(results: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from trb_megatron.vocab_parallel import (
     log_softmax_NU,
     mask_invalid,
     sample_inverse_cdf,
+    sample_softmax,
     topk,
     vocab_range,
 )
@@ -72,6 +73,7 @@ def measure(tp_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
         "wide": sample_inverse_cdf(
             vocab_shard(build_wide_weights(), group, fill=0), build_uniforms(), tp_group=group
         ),
+        "softmax": torch.stack(sample_softmax(shard_NU, build_uniforms(), tp_group=group)),
         "scaled": sample_inverse_cdf(weights_NU * 7, build_uniforms(), tp_group=group),
     }
 
@@ -136,6 +138,21 @@ def test_sampling_inverts_the_cdf(results: list[dict[str, Any]]) -> None:
     assert torch.equal(sampled_N, expected_N)
     assert sampled_N[3:5].tolist() == [NUM_VALID - 1, 90]
     assert torch.equal(sampled_N, results[0]["scaled"])
+
+
+def test_sampling_a_softmax(results: list[dict[str, Any]]) -> None:
+    ids_N, log_normalizer_N = results[0]["softmax"]
+    assert torch.equal(ids_N, results[0]["sampled"])
+    logits_NV = build_logits()[:, :NUM_VALID].double()
+    torch.testing.assert_close(log_normalizer_N, logits_NV.logsumexp(dim=-1), rtol=1e-6, atol=1e-6)
+
+
+def test_sampling_a_broken_softmax_gives_some_id() -> None:
+    logits_NU = torch.zeros(4, 300)
+    logits_NU[0, 7], logits_NU[1, 7], logits_NU[2] = torch.nan, torch.inf, -torch.inf
+    ids_N, log_normalizer_N = sample_softmax(logits_NU, torch.rand(4), tp_group=None)
+    assert ((ids_N >= 0) & (ids_N < 300)).all()
+    assert log_normalizer_N.isfinite().tolist() == [False, False, False, True]
 
 
 def test_sampling_from_many_columns(results: list[dict[str, Any]]) -> None:

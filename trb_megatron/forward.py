@@ -107,11 +107,7 @@ def forward_hidden(
 
         def keep(hidden: Tensor, non_loss_data: bool = True) -> Tensor:
             hidden_NH = _loss_hidden(model, hidden, microbatch)
-            if not (to_host and hidden_NH.is_cuda):
-                return hidden_NH
-            # Nobody may read it before the stream has: the loss copies it back in stream order.
-            pinned_NH = torch.empty_like(hidden_NH, device="cpu", pin_memory=True)
-            return pinned_NH.copy_(hidden_NH, non_blocking=True)
+            return copy_to_host(hidden_NH) if to_host else hidden_NH
 
         return _forward_microbatch(model, microbatch), keep
 
@@ -126,6 +122,18 @@ def forward_hidden(
             forward_only=True,
             collect_non_loss_data=True,
         )
+
+
+def copy_to_host(hidden_NH: Tensor) -> Tensor:
+    """Pinned host memory that a GPU's tensor is on its way to; a CPU's tensor as it is.
+
+    Only the same stream may read it before the host has waited for the device: the loss copies it
+    back in stream order.
+    """
+    if not hidden_NH.is_cuda:
+        return hidden_NH
+    pinned_NH = torch.empty_like(hidden_NH, device="cpu", pin_memory=True)
+    return pinned_NH.copy_(hidden_NH, non_blocking=True)
 
 
 def forward_backward(

@@ -30,9 +30,9 @@ from trb_megatron.vocab_parallel import (
     argmax,
     gather_at,
     gather_each_at,
-    log_softmax_NU,
     mask_invalid,
-    sample_inverse_cdf,
+    raise_at_row,
+    sample_softmax,
     softmax,
     topk,
     vocab_range,
@@ -85,7 +85,10 @@ class Policy(Protocol):
         ...
 
     def propose(self, student_logits_NU: Tensor, uniforms: Uniforms) -> Tensor:
-        """The student's proposal [N], with which `draw` starts; collective over the TP group."""
+        """The student's proposal [N], with which `draw` starts; collective over the TP group.
+
+        The host does not wait for the device, and logits are not checked: `draw` does that.
+        """
         ...
 
     def draw(
@@ -122,15 +125,17 @@ class StudentPolicy:
 
     def propose(self, student_logits_NU: Tensor, uniforms: Uniforms) -> Tensor:
         """Inverse-CDF sampling by the draft uniform, or argmax at temperature 0."""
-        return self._sample(self._logprobs(student_logits_NU), uniforms)
+        return self._sample(self._logits(student_logits_NU), uniforms)[0]
 
     def draw(
         self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms: Uniforms
     ) -> tuple[Tensor, TokenRecord]:
         """The proposal itself."""
-        logprobs_NU = self._logprobs(student_logits_NU)
-        token_ids_N = self._sample(logprobs_NU, uniforms)
-        logprobs_N = gather_at(logprobs_NU, token_ids_N, tp_group=self.tp_group)
+        logits_NU = self._logits(student_logits_NU)
+        token_ids_N, log_normalizer_N = self._sample(logits_NU, uniforms)
+        raise_at_row({"student logits hold a NaN, a +inf or no id": ~log_normalizer_N.isfinite()})
+        logits_N = gather_at(logits_NU, token_ids_N, tp_group=self.tp_group)
+        logprobs_N = (logits_N - log_normalizer_N).float()
         zeros = torch.zeros_like(logprobs_N)
         record = TokenRecord(
             student_logprobs=logprobs_N,
@@ -142,21 +147,22 @@ class StudentPolicy:
         )
         return token_ids_N, record
 
-    def _logprobs(self, logits_NU: Tensor) -> Tensor:
-        """Log-probabilities on this shard; at temperature 0 those of temperature 1."""
+    def _logits(self, logits_NU: Tensor) -> Tensor:
+        """Logits over the temperature, at temperature 0 as they are, with stop ids merged."""
         temperature = self.sampling.temperature or 1.0
         own_ids = () if self.alignment is None else self.alignment.student_ids
-        logits_NU = _tempered_logits(
+        return _tempered_logits(
             logits_NU, temperature, self.sampling, self.alignment, own_ids, self.tp_group
         )
-        return log_softmax_NU(logits_NU, tp_group=self.tp_group)
 
-    def _sample(self, logprobs_NU: Tensor, uniforms: Uniforms) -> Tensor:
-        if self.sampling.temperature == 0:
-            return argmax(logprobs_NU, tp_group=self.tp_group)
-        return sample_inverse_cdf(
-            logprobs_NU.exp(), uniforms[Purpose.DRAFT], tp_group=self.tp_group
+    def _sample(self, logits_NU: Tensor, uniforms: Uniforms) -> tuple[Tensor, Tensor]:
+        """Ids and log-normalizers; the host does not wait for the device."""
+        ids_N, log_normalizer_N = sample_softmax(
+            logits_NU, uniforms[Purpose.DRAFT], tp_group=self.tp_group
         )
+        if self.sampling.temperature == 0:
+            ids_N = argmax(logits_NU, tp_group=self.tp_group)
+        return ids_N, log_normalizer_N
 
 
 class Guidance(NamedTuple):

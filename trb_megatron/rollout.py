@@ -43,7 +43,7 @@ from trb_megatron.drafting import (
     choose_num_positions,
     estimate_acceptance,
 )
-from trb_megatron.forward import CachedModel
+from trb_megatron.forward import CachedModel, copy_to_host
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
 from trb_megatron.models import HiddenStateGPTModel, flash_attention_version, token_multiple
 from trb_megatron.pipeline import Announcement, take_turns
@@ -62,6 +62,7 @@ class RolloutEngine:
         student, teacher: this rank's parts, in evaluation mode; the teacher may be None when no
             policy needs it.
         config: slots, pages and memory of the cache, tokens of one prefill pass, and draft length.
+        hidden_to_host: whether kept hidden states of the teacher leave the GPU at once.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class RolloutEngine:
         teacher: HiddenStateGPTModel | None,
         layout: ParallelLayout,
         config: RolloutConfig,
+        hidden_to_host: bool = False,
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.layout = layout
         self.config = config
+        self.hidden_to_host = hidden_to_host
         self.page_tokens = _page_tokens(config, self._flash_attention)
         self.draft_costs: DraftCosts | None = None
         """What `draft_tokens: auto` decides by; measured by `measure_draft_costs`."""
@@ -430,11 +433,16 @@ class _Run:
         numbers = [s.number for s, n in zip(sequences, counts, strict=True) for _ in range(n)]
         kept = {c.name: getattr(record, c.name)[kept_N] for c in fields(TokenRecord)}
         if teacher_NH is not None and self.engine.config.keep_teacher_hidden:
-            kept["teacher_hidden"] = teacher_NH[kept_N]
+            hidden_NH = teacher_NH[kept_N]
+            kept["teacher_hidden"] = (
+                copy_to_host(hidden_NH) if self.engine.hidden_to_host else hidden_NH
+            )
         self.records.append((numbers, kept))
 
     def collect(self) -> list[Rollout]:
         """The finished rollouts, with their records sorted out of the rounds."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # hidden states may be on their way to the host
         sequences = self.scheduler.sequences
         return [
             Rollout(
@@ -455,10 +463,11 @@ class _Run:
         if not self.records:
             return columns
         number_N = torch.tensor([number for numbers, _ in self.records for number in numbers])
-        order_N = torch.argsort(number_N, stable=True).to(self.device)
+        order_N = torch.argsort(number_N, stable=True)
         lengths = [len(sequence.response_ids) for sequence in self.scheduler.sequences]
         for name in self.records[0][1]:
-            values_N = torch.cat([kept[name] for _, kept in self.records])[order_N]
+            values_N = torch.cat([kept[name] for _, kept in self.records])
+            values_N = values_N[order_N.to(values_N.device)]
             for of_sequence, values in zip(columns, values_N.split(lengths), strict=True):
                 of_sequence[name] = values
         return columns

@@ -137,7 +137,11 @@ class Trainer:
         )
         self.student.config.finalize_model_grads_func = self._finalize_gradients
         self.engine = RolloutEngine(
-            self.models.student, self.models.teacher, layout, config.rollout
+            self.models.student,
+            self.models.teacher,
+            layout,
+            config.rollout,
+            hidden_to_host=config.training.teacher_hidden_device == "host",
         )
         self.evaluator = Evaluator(config, self.models, self.engine, rewards, layout)
         self.timer = PhaseTimer()
@@ -293,7 +297,8 @@ class Trainer:
             elif layout.dp_rank == taker:
                 received: list[Any] = [None]
                 dist.recv_object_list(received, ranks[giver], layout.dp_group)
-                kept.append(received[0].to(layout.device))
+                on_host = self.config.training.teacher_hidden_device == "host"
+                kept.append(received[0].to("cpu" if on_host else layout.device))
         return kept
 
     def _add_teacher_hidden(self, microbatches: list[Microbatch]) -> list[Microbatch]:

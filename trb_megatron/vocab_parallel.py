@@ -321,18 +321,41 @@ def sample_inverse_cdf(
     ValueError, on all ranks alike, for a row whose total is not positive and finite; for that the
     host waits for the device, once.
     """
+    ids_N, total_N = _invert_cdf(weights_NU, uniforms_N, tp_group)
+    raise_at_row({"sampling weights have no finite sum": ~((total_N > 0) & (total_N < torch.inf))})
+    return ids_N
+
+
+def sample_softmax(
+    logits_NU: Tensor, uniforms_N: Tensor, *, tp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Sample each row's softmax by inverse CDF; also its log-normalizer: ids and floats, [N].
+
+    Like `sample_inverse_cdf` of the exponentials, but the host never waits: a row that holds a NaN,
+    a +inf or no id at all gets some id, and a log-normalizer that is not finite. Three all-gathers
+    over `tp_group` (maxima, shard sums, the owner's id); fp32 logits sharded, the rest replicated;
+    log-normalizers in float64.
+    """
+    max_N = all_gather(logits_NU.amax(dim=-1), tp_group).amax(dim=0)
+    ids_N, total_N = _invert_cdf((logits_NU - max_N[:, None]).exp_(), uniforms_N, tp_group)
+    return ids_N, max_N + total_N.log()
+
+
+def _invert_cdf(
+    weights_NU: Tensor, uniforms_N: Tensor, tp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Ids as of `sample_inverse_cdf`, some id where there is none, and the rows' totals."""
     # The rank, the chunk, the column: a sum over all columns is cheap, a cumulative sum is not.
     mass_NC = _chunk_sums(weights_NU)
     mass_NR = all_gather(mass_NC.sum(dim=-1), tp_group).T
     total_N = mass_NR.sum(dim=-1)
-    raise_at_row({"sampling weights have no finite sum": ~((total_N > 0) & (total_N < torch.inf))})
     owner_N, rest_N = _locate(mass_NR, uniforms_N.double() * total_N)
     # Every rank looks, the owner's find counts: that is cheaper than to know which rows are here.
     chunk_N, rest_N = _locate(mass_NC, rest_N)
     column_N, _ = _locate(_chunk_columns(weights_NU, chunk_N), rest_N)
-    start, _ = vocab_range(weights_NU.shape[-1], tp_group)
-    ids_N = start + chunk_N * _CHUNK_WIDTH + column_N
-    return all_gather(ids_N, tp_group).gather(0, owner_N[None])[0]
+    start, stop = vocab_range(weights_NU.shape[-1], tp_group)
+    ids_N = (start + chunk_N * _CHUNK_WIDTH + column_N).clamp_max_(stop - 1)
+    return all_gather(ids_N, tp_group).gather(0, owner_N[None])[0], total_N
 
 
 def _chunk_sums(weights_NU: Tensor) -> Tensor:
