@@ -1,7 +1,7 @@
 """SKD and teacher policies: against dense twins at TP 1 and 2, and the same at every layout."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from tests.reference import DenseBehavior, dense_skd, dense_teacher
 from tests.tiny import END_OF_TEXT, IM_END, TOKENIZER_SIZE
 from trb_megatron.policies import (
     BlendPolicy,
-    Guidance,
     GuidedPolicy,
     Sampling,
     SKDPolicy,
@@ -25,6 +24,7 @@ from trb_megatron.policies import (
     is_in_topk,
 )
 from trb_megatron.stop_alignment import StopAlignment
+from trb_megatron.uniforms import rollout_key
 from trb_megatron.vocab_parallel import all_gather
 
 NUM_ROWS, NUM_VALID, NUM_IDS = 6, 21, 23
@@ -71,16 +71,25 @@ def build_policies(group: dist.ProcessGroup | None) -> list[GuidedPolicy]:
 # The checks below run on one and two ranks.
 
 
-def solve_all() -> list[Guidance]:
-    """The guidance of every policy, its shards put together."""
+class Solved(NamedTuple):
+    """A `Guidance` with its shards put together."""
+
+    logprobs_3NV: Tensor  # log p, log q and log mu
+    blend_coef_N: Tensor
+    kl_student_N: Tensor
+
+
+def solve_all() -> list[Solved]:
+    """The guidance of every policy."""
     group = dist.group.WORLD if dist.is_initialized() else None
-    student_NU, teacher_NU = (vocab_shard(full_NV, group) for full_NV in build_logits())
+    shards = [vocab_shard(full_NV, group) for full_NV in build_logits()]
     found = []
     for policy in build_policies(group):
-        guidance = policy.solve(student_NU, teacher_NU)
-        shards_R3NU = all_gather(guidance.logprobs_3NU, group)
+        guidance = policy.solve(*shards)
+        student_NU, teacher_NU = guidance.student.logprobs(), guidance.teacher.logprobs()
+        shards_R3NU = all_gather(torch.stack((student_NU, teacher_NU, guidance.behavior_NU)), group)
         full_3NV = torch.cat(list(shards_R3NU), dim=-1)
-        found.append(guidance._replace(logprobs_3NU=full_3NV))
+        found.append(Solved(full_3NV, guidance.blend_coef_N, guidance.kl_student_N))
     return found
 
 
@@ -98,24 +107,24 @@ def check_ties_and_widths() -> Tensor:
     return torch.cat(list(shards_RNU), dim=-1)
 
 
-def run_on_ranks() -> tuple[list[Guidance], Tensor]:
+def run_on_ranks() -> tuple[list[Solved], Tensor]:
     return solve_all(), check_ties_and_widths()
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[tuple[list[Guidance], Tensor]]:
+def two_ranks() -> list[tuple[list[Solved], Tensor]]:
     return run_distributed(run_on_ranks, 2)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_guidance_is_that_of_a_dense_computation(
-    two_ranks: list[tuple[list[Guidance], Tensor]], tp: int
+    two_ranks: list[tuple[list[Solved], Tensor]], tp: int
 ) -> None:
     results = [solve_all()] if tp == 1 else [guidance for guidance, _ in two_ranks]
     for result in results:
         for policy, guidance in zip(build_policies(None), result, strict=True):
             expected = dense_guidance(policy)
-            behavior_NV = guidance.logprobs_3NU[2, :, KEPT_IDS].double()
+            behavior_NV = guidance.logprobs_3NV[2, :, KEPT_IDS].double()
             torch.testing.assert_close(behavior_NV, expected.logprobs, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(
                 guidance.kl_student_N.double(), expected.kl_student, rtol=1e-5, atol=1e-6
@@ -124,11 +133,11 @@ def test_guidance_is_that_of_a_dense_computation(
                 guidance.blend_coef_N.double(), expected.blend_coef, equal_nan=True
             )
             absent = [i for i in range(NUM_IDS) if i not in KEPT_IDS]
-            assert (guidance.logprobs_3NU[:, :, absent] == -torch.inf).all()
+            assert (guidance.logprobs_3NV[:, :, absent] == -torch.inf).all()
 
 
 def test_ties_of_the_top_k_go_to_the_lowest_ids(
-    two_ranks: list[tuple[list[Guidance], Tensor]],
+    two_ranks: list[tuple[list[Solved], Tensor]],
 ) -> None:
     for _, is_in_NV in two_ranks:
         assert is_in_NV.int().tolist() == [[0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1]]
@@ -139,7 +148,7 @@ def test_skd_that_keeps_every_draw_is_the_student() -> None:
     assert isinstance(policy, SKDPolicy) and policy.top_k == len(KEPT_IDS)
     student_NU, teacher_NU = build_logits()
     guidance = policy.solve(student_NU, teacher_NU)
-    assert torch.equal(guidance.logprobs_3NU[2], guidance.logprobs_3NU[0])
+    assert torch.equal(guidance.behavior_NU, guidance.student.logprobs())
     assert (guidance.kl_student_N == 0).all()
 
 
@@ -157,7 +166,7 @@ def test_a_draw_among_the_likely_ids_is_always_kept() -> None:
         logits_NV.repeat_interleave(2000, dim=0) for logits_NV in build_logits()
     )
     rows = torch.arange(len(student_NU))
-    uniforms = Uniforms(sampling, rows, torch.zeros_like(rows), torch.zeros_like(rows))
+    uniforms = Uniforms(rollout_key(0, 0, rows, 0), torch.zeros_like(rows))
     proposed_N = policy.propose(student_NU, uniforms)
     token_ids_N, record = policy.draw(student_NU, teacher_NU, uniforms)
     aligned_NU = policy._teacher_logits(teacher_NU)
@@ -181,7 +190,7 @@ def test_acceptance_of_the_worst_models_meets_the_bound(kl_budget: float) -> Non
     sampling = Sampling(1.0, 8, (0,), seed=0, step=0, num_valid=20)
     policy = BlendPolicy(sampling, kl_budget, StopAlignment((0,), (0,)))
     rows = torch.arange(40_000)
-    uniforms = Uniforms(sampling, rows, torch.zeros_like(rows), torch.zeros_like(rows))
+    uniforms = Uniforms(rollout_key(0, 0, rows, 0), torch.zeros_like(rows))
     student_NU = torch.zeros(len(rows), 20)
     teacher_NU = student_NU + 9.0 * (torch.arange(20) % 2)
     _, record = policy.draw(student_NU, teacher_NU, uniforms)
