@@ -46,12 +46,16 @@ def main() -> None:
     torch.set_num_threads(1)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     layout = distributed.initialize(ParallelConfig(tensor_model_parallel_size=num_ranks))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own_folder:
+        shared = [own_folder]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        folder = shared[0]
         student = build_random_model(Path(folder) / "student", layout, layers=4, width=128, seed=0)
         baseline = load_baseline(Path(folder) / "student") if num_ranks == 1 else None
         teacher = build_random_model(
             Path(folder) / "teacher", layout, layers=8, width=options.teacher_width, seed=1
         )
+        torch.distributed.barrier()  # before rank 0 removes the folder
     rows = [
         row
         for num_sequences in options.sequences
@@ -95,7 +99,8 @@ def build_random_model(
     )
     model = Qwen3ForCausalLM(config)
     model.lm_head.weight.data.normal_(0, 2.0 / width**0.5)  # logits of standard deviation 2
-    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # on rank 0, says transformers
+    torch.distributed.barrier()
     hf_config = read_hf_config(folder)
     ours = build_model(hf_config, layout, vocab_size=VOCAB_SIZE, dtype=torch.float32)
     load_hf_weights(ours, hf_config, layout)
