@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -551,8 +552,10 @@ def _layer_specs(config: TransformerConfig, on_gpu: bool) -> TransformerBlockSub
         spec.submodules.self_attention.submodules.linear_qkv = ColumnLinear
         spec.submodules.self_attention.submodules.linear_proj = RowLinear
         if config.num_moe_experts is None:
-            spec.submodules.mlp.submodules.linear_fc1 = ColumnLinear
-            spec.submodules.mlp.submodules.linear_fc2 = RowLinear
+            mlp = spec.submodules.mlp
+            # A specification in 0.16, a builder with its arguments in 0.19.
+            layers = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+            layers.linear_fc1, layers.linear_fc2 = ColumnLinear, RowLinear
         if config.qk_layernorm:
             spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
             spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
