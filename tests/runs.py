@@ -24,6 +24,19 @@ def weights_digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def load_frozen(folder: Path, layout: Any) -> Any:
+    """This rank's part of a tiny HF checkpoint, fp32, for rollouts alone; imports Megatron."""
+    import torch
+
+    from trb_megatron.hf_weights import load_hf_weights
+    from trb_megatron.models import build_model, read_hf_config
+
+    config = read_hf_config(folder)
+    model = build_model(config, layout, vocab_size=128, dtype=torch.float32)
+    load_hf_weights(model, config, layout)
+    return model.eval().requires_grad_(False)
+
+
 def train(config_file: Path, world_size: int, *overrides: str, timeout_s: float = 240) -> None:
     """A run from start (or its last checkpoint) to its end, on fresh ranks."""
     run_distributed(train_here, world_size, config_file, overrides, timeout_s=timeout_s)

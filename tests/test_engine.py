@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import run_distributed
+from tests.runs import load_frozen
 from tests.tiny import TOKENIZER_SIZE, make_checkpoint
 
 NUM_PROMPTS, PER_PROMPT, PROMPT_TOKENS, LENGTH = 6, 4, 21, 16
@@ -32,19 +33,12 @@ def _run(folder: Path) -> dict[str, Any]:
 
     layout = distributed.initialize(ParallelConfig())
 
-    from trb_megatron.hf_weights import load_hf_weights
-    from trb_megatron.models import build_model, read_hf_config
     from trb_megatron.policies import BlendPolicy, Sampling
     from trb_megatron.rollout import RolloutEngine
     from trb_megatron.scheduler import Request
     from trb_megatron.stop_alignment import StopAlignment
 
-    models = []
-    for name in ("student", "teacher"):
-        config = read_hf_config(folder / name)
-        model = build_model(config, layout, vocab_size=128, dtype=torch.float32)
-        load_hf_weights(model, config, layout)
-        models.append(model.eval().requires_grad_(False))
+    models = [load_frozen(folder / name, layout) for name in ("student", "teacher")]
     sampling = Sampling(1.0, LENGTH, (0,), seed=3, step=0, num_valid=TOKENIZER_SIZE)
     alignment = StopAlignment((0,), (0,))
     policy = BlendPolicy(sampling, 0.05, alignment, layout.tp_group)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed import run_distributed
 from tests.reference import dense_blend, dense_skd, dense_teacher
+from tests.runs import load_frozen
 from tests.tiny import make_checkpoint
 
 NUM_IDS, STOP_ID, LENGTH, BUDGET = 4, 0, 3, 0.1
@@ -41,19 +42,12 @@ def _sample(folder: Path) -> dict[str, Counts]:
 
     layout = distributed.initialize(ParallelConfig())
 
-    from trb_megatron.hf_weights import load_hf_weights
-    from trb_megatron.models import build_model, read_hf_config
     from trb_megatron.policies import BlendPolicy, Policy, Sampling, SKDPolicy, TeacherPolicy
     from trb_megatron.rollout import RolloutEngine
     from trb_megatron.scheduler import Request
     from trb_megatron.stop_alignment import StopAlignment
 
-    models = []
-    for name in ("student", "teacher"):
-        config = read_hf_config(folder / name)
-        model = build_model(config, layout, vocab_size=128, dtype=torch.float32)
-        load_hf_weights(model, config, layout)
-        models.append(model.eval().requires_grad_(False))
+    models = [load_frozen(folder / name, layout) for name in ("student", "teacher")]
     sampling = Sampling(1.0, LENGTH, (STOP_ID,), seed=3, step=0, num_valid=NUM_IDS)
     alignment = StopAlignment((STOP_ID,), (STOP_ID,))
     blend = BlendPolicy(sampling, BUDGET, alignment, layout.tp_group)
