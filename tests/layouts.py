@@ -53,7 +53,7 @@ LAYOUTS = (
         pp=2,
         overrides=(
             "training.max_tokens_per_microbatch=64",
-            "rollout.draft_tokens=3",
+            "rollout.draft_tokens=auto",
             "rollout.cache_gb=7e-5",
         ),
     ),

@@ -267,12 +267,7 @@ class _Run:
         """Admit and run rounds until nothing is left for this group of slots."""
         while not self.scheduler.is_done(group):
             self.admit(group)
-            num_positions = self._choose_num_positions(group)
-            self.scheduler.make_room(group, num_positions)
-            if group.sequences:
-                yield from self.round(group, num_positions)
-            else:
-                yield  # the other groups hold all pages
+            yield from self.round(group, self._choose_num_positions(group))
 
     def _choose_num_positions(self, group: SlotGroup) -> int:
         """Positions of the group's next round: no more than the longest response may still get."""
@@ -340,6 +335,10 @@ class _Run:
     def round(self, group: SlotGroup, num_positions: int) -> Iterator[None]:
         """Draft, score, draw and commit; see the module docstring."""
         self.num_positions = num_positions
+        self.scheduler.make_room(group, num_positions)
+        if not group.sequences:
+            yield  # nothing waits, or the other groups hold all pages
+            return
         view = _RoundView(group.sequences, num_positions, self)
         student_SGU, drafted_SG = yield from self._draft(view)
         teacher_NU, teacher_NH = self._score(view, drafted_SG)
