@@ -11,15 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from trb_megatron.config import Config
 from trb_megatron.distributed import ParallelLayout
+from trb_megatron.hf_config import HFModelConfig, check_layout, padded_vocab_size, read_hf_config
 from trb_megatron.hf_weights import load_hf_weights
-from trb_megatron.models import (
-    HFModelConfig,
-    HiddenStateGPTModel,
-    build_model,
-    check_layout,
-    padded_vocab_size,
-    read_hf_config,
-)
+from trb_megatron.models import HiddenStateGPTModel, build_model
 from trb_megatron.stop_alignment import StopAlignment
 from trb_megatron.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids, tokenizer_size
 
