@@ -53,7 +53,7 @@ from trb_megatron.config import (
 )
 from trb_megatron.distributed import ParallelLayout, gather_from_leaders, is_rank_zero
 from trb_megatron.drafting import DraftCosts
-from trb_megatron.evaluate import Evaluator
+from trb_megatron.evaluate import Evaluator, load_problem_sets
 from trb_megatron.forward import forward_backward, forward_hidden
 from trb_megatron.fused_loss import OutputLayer, fused_loss
 from trb_megatron.hf_weights import save_hf_checkpoint
@@ -67,6 +67,7 @@ from trb_megatron.optimizer import (
     set_learning_rate,
     wrap_student,
 )
+from trb_megatron.pair_config import PairConfig
 from trb_megatron.policies import (
     BlendPolicy,
     Policy,
@@ -110,11 +111,11 @@ class Trainer:
             say(f"warning: {warning}")
         _check_run_folder(config)
 
-        self.models = ModelPair.load(config, layout, with_teacher=self.is_distilling, say=say)
+        self.pair = PairConfig.read(config, with_teacher=self.is_distilling)
         self._check_sizes()
         self.prompt_set = load_prompts(
             config.data.path,
-            self.models.tokenizer,
+            self.pair.tokenizer,
             format=config.data.format,
             prompt_column=config.data.prompt_column,
             answer_column=config.data.answer_column,
@@ -130,7 +131,9 @@ class Trainer:
         )
         self.answers = {prompt.index: prompt.answer for prompt in self.prompt_set.prompts}
         self.order = PromptOrder(len(self.prompt_set.prompts), config.run.seed, config.data.shuffle)
+        problem_sets = load_problem_sets(config, self.pair.tokenizer)
 
+        self.models = ModelPair.load(self.pair, config, layout, say=say)
         self.student = wrap_student(self.models.student, config.optimizer)
         self.optimizer = build_optimizer(
             self.student, config.optimizer, DTYPES[config.training.precision]
@@ -143,7 +146,7 @@ class Trainer:
             config.rollout,
             hidden_to_host=config.training.teacher_hidden_device == "host",
         )
-        self.evaluator = Evaluator(config, self.models, self.engine, rewards, layout)
+        self.evaluator = Evaluator(config, self.pair, problem_sets, self.engine, rewards, layout)
         self.timer = PhaseTimer()
         self.step = 0
         self.prompt_position = 0
@@ -177,7 +180,7 @@ class Trainer:
                     self._save()
         if config.checkpoint.export_hf:
             target = self.run_dir / "hf"
-            save_hf_checkpoint(self.models.student, self.models.student_config, self.layout, target)
+            save_hf_checkpoint(self.models.student, self.pair.student, self.layout, target)
             say(f"exported the student to {target}")
 
     def train_step(self) -> dict[str, float]:
@@ -216,7 +219,7 @@ class Trainer:
     def _policy(self) -> Policy:
         """What this step's rollouts are sampled from; after the warmup it is the student."""
         behavior, kl_budget, sampling = self.config.behavior, self._kl_budget(), self._sampling()
-        alignment, tp_group = self.models.alignment, self.layout.tp_group
+        alignment, tp_group = self.pair.alignment, self.layout.tp_group
         is_warmup = self.is_distilling and self.step < behavior.warmup_steps
         if is_warmup and behavior.policy == "skd":
             return SKDPolicy(
@@ -253,15 +256,15 @@ class Trainer:
         return Sampling(
             temperature=self.config.rollout.temperature,
             max_response_tokens=self.config.rollout.max_response_tokens,
-            stop_ids=self.models.student_stop_ids,
+            stop_ids=self.pair.stop_ids,
             seed=self.config.run.seed,
             step=self.step,
-            num_valid=self.models.tokenizer_size,
+            num_valid=self.pair.tokenizer_size,
         )
 
     def _supervised_example(self, prompt: Prompt) -> Rollout:
         assert prompt.response_ids is not None
-        response_ids = (*prompt.response_ids, self.models.student_stop_ids[0])
+        response_ids = (*prompt.response_ids, self.pair.stop_ids[0])
         return Rollout(prompt.index, 0, prompt.token_ids, response_ids, stopped=True)
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[float]:
@@ -271,7 +274,7 @@ class Trainer:
         answers = [self.answers.get(rollout.prompt_index) for rollout in rollouts]
         graded = [(r, answer) for r, answer in zip(rollouts, answers, strict=True) if answer]
         return self.rewards.score(
-            [self.models.decode(rollout.response_ids) for rollout, _ in graded],
+            [self.pair.decode(rollout.response_ids) for rollout, _ in graded],
             [answer for _, answer in graded],
         )
 
@@ -333,7 +336,7 @@ class Trainer:
         if models.teacher is not None:
             assert microbatch.teacher_hidden_NH is not None
             teacher = OutputLayer(microbatch.teacher_hidden_NH, models.teacher.output_weight)
-            alignment = models.alignment
+            alignment = self.pair.alignment
         weight = models.student.output_weight
         veto_remaining = 1.0 - self.step / self.config.training.steps
         output = fused_loss(
@@ -347,7 +350,7 @@ class Trainer:
                 veto_coef=loss.veto_coef * veto_remaining,
             ),
             tp_group=self.layout.tp_group,
-            num_valid=models.tokenizer_size,
+            num_valid=self.pair.tokenizer_size,
             alignment=alignment,
             sampled_ids=microbatch.labels_N,
             weight_grad_UH=weight.main_grad,
@@ -424,8 +427,8 @@ class Trainer:
     # ------------------------------------------------------------------ set-up, save and resume
 
     def _check_sizes(self) -> None:
-        config, models = self.config, self.models
-        num_ids = models.tokenizer_size - len(models.alignment.removed_ids)
+        config, pair = self.config, self.pair
+        num_ids = pair.tokenizer_size - len(pair.alignment.removed_ids)
         top_k = {"loss.top_k": config.loss.top_k}
         if config.behavior.policy == "skd":
             top_k["behavior.skd_top_k"] = config.behavior.skd_top_k
@@ -438,10 +441,6 @@ class Trainer:
         num_responses = config.training.prompts_per_step
         if self.is_distilling:
             num_responses *= config.rollout.rollouts_per_prompt
-            models.check_length(
-                config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-                "data.max_prompt_tokens + rollout.max_response_tokens",
-            )
         if num_responses < self.layout.dp_size:
             raise ConfigError(
                 f"training.prompts_per_step: a step of {num_responses} responses leaves some of "
@@ -472,7 +471,7 @@ class Trainer:
             self.student,
             self.optimizer,
             self._state(),
-            self.models.student_config,
+            self.pair.student,
             self.config.checkpoint.keep,
         )
         self.timer.finish_step()
