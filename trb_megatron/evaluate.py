@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from trb_megatron import distributed
-from trb_megatron.config import Config, RewardsConfig, load_config
+from trb_megatron.config import Config, RewardsConfig, command_line, load_config
 from trb_megatron.distributed import ParallelLayout, gather_from_leaders
 from trb_megatron.model_pair import ModelPair
 from trb_megatron.pair_config import PairConfig
@@ -187,14 +186,9 @@ def _mean(values: Sequence[float]) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate `student.path` on every set and print the metrics as a JSON object."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
+    options = command_line(__doc__).parse_intermixed_args(arguments)
     with distributed.user_errors():
-        if not arguments:
-            raise ValueError("CONFIG.yaml is missing; --help says how to call this")
-        config = load_config(arguments[0], arguments[1:])
+        config = load_config(options.config, options.overrides)
         if not config.evaluation.sets:
             raise ValueError("evaluation.sets is empty: name at least one problem file")
         layout = distributed.initialize(config.parallel, seed=config.run.seed)

@@ -60,7 +60,7 @@ from trb_megatron.hf_weights import save_hf_checkpoint
 from trb_megatron.loss import LossOptions
 from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
-from trb_megatron.models import token_multiple
+from trb_megatron.models import flash_attention_version, token_multiple
 from trb_megatron.optimizer import (
     build_optimizer,
     learning_rate_at,
@@ -68,6 +68,7 @@ from trb_megatron.optimizer import (
     wrap_student,
 )
 from trb_megatron.pair_config import PairConfig
+from trb_megatron.plan import Plan, check_memory, make_plan
 from trb_megatron.policies import (
     BlendPolicy,
     Policy,
@@ -77,7 +78,7 @@ from trb_megatron.policies import (
     TeacherPolicy,
 )
 from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
-from trb_megatron.report import describe_environment
+from trb_megatron.report import describe_environment, describe_plan
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
 from trb_megatron.scheduler import Request
@@ -105,14 +106,16 @@ class Trainer:
         self.rewards = rewards
         self.run_dir = config.run.dir
         self.is_distilling = config.training.task == "distill"
-        for line in describe_environment(layout, DTYPES[config.training.precision]):
+        dtype = DTYPES[config.training.precision]
+        kernel = flash_attention_version(layout.device, dtype)
+        for line in describe_environment(layout.device, kernel):
             say(line)
         for warning in config_warnings(config):
             say(f"warning: {warning}")
         _check_run_folder(config)
 
         self.pair = PairConfig.read(config, with_teacher=self.is_distilling)
-        self._check_sizes()
+        plan = self._plan()
         self.prompt_set = load_prompts(
             config.data.path,
             self.pair.tokenizer,
@@ -134,10 +137,9 @@ class Trainer:
         problem_sets = load_problem_sets(config, self.pair.tokenizer)
 
         self.models = ModelPair.load(self.pair, config, layout, say=say)
+        _check_counts(plan, self.models, layout)
         self.student = wrap_student(self.models.student, config.optimizer)
-        self.optimizer = build_optimizer(
-            self.student, config.optimizer, DTYPES[config.training.precision]
-        )
+        self.optimizer = build_optimizer(self.student, config.optimizer, dtype)
         self.student.config.finalize_model_grads_func = self._finalize_gradients
         self.engine = RolloutEngine(
             self.models.student,
@@ -426,26 +428,17 @@ class Trainer:
 
     # ------------------------------------------------------------------ set-up, save and resume
 
-    def _check_sizes(self) -> None:
-        config, pair = self.config, self.pair
-        num_ids = pair.tokenizer_size - len(pair.alignment.removed_ids)
-        top_k = {"loss.top_k": config.loss.top_k}
-        if config.behavior.policy == "skd":
-            top_k["behavior.skd_top_k"] = config.behavior.skd_top_k
-        for key, value in top_k.items():
-            if value > num_ids:
-                raise ConfigError(
-                    f"{key}={value} exceeds the vocabulary of {num_ids} ids, "
-                    "stop ids merged; lower it"
-                )
-        num_responses = config.training.prompts_per_step
-        if self.is_distilling:
-            num_responses *= config.rollout.rollouts_per_prompt
-        if num_responses < self.layout.dp_size:
-            raise ConfigError(
-                f"training.prompts_per_step: a step of {num_responses} responses leaves some of "
-                f"the {self.layout.dp_size} data-parallel replicas without work; raise it"
-            )
+    def _plan(self) -> Plan:
+        """Where everything will lie, said and, on a GPU, compared with its free memory."""
+        plan = make_plan(self.config, self.pair, dist.get_world_size())
+        memory = None
+        if self.layout.device.type == "cuda":
+            memory, _ = torch.cuda.mem_get_info(self.layout.device)
+        for line in describe_plan(plan, self.pair, self.config, memory):
+            say(line)
+        if memory is not None:
+            check_memory(plan, self.config, memory)
+        return plan
 
     def _draft_costs(self) -> DraftCosts:
         """Costs of a rollout's rounds, measured when a run first starts and kept in its folder."""
@@ -538,6 +531,15 @@ def say(line: str) -> None:
     """Print a line on rank 0."""
     if is_rank_zero():
         print(line, flush=True)
+
+
+def _check_counts(plan: Plan, models: ModelPair, layout: ParallelLayout) -> None:
+    """Make sure that this rank's parameters are those that the plan gave it."""
+    for name, model in (("student", models.student), ("teacher", models.teacher)):
+        if model is not None:
+            planned = plan.models[name].stages[layout.pp_rank].num_parameters
+            found = sum(param.numel() for param in model.parameters())
+            assert found == planned, f"{name}: {found} parameters where the plan has {planned}"
 
 
 def _averages(total: dict[str, float]) -> dict[str, float]:
