@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from trb_megatron.config import Config, load_config
@@ -69,15 +70,21 @@ PAIRS = {
 
 def write_models(folder: Path) -> None:
     """A folder for each of `MODELS`: configuration and tokenizer, no weights."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    words = [*special, *(f"w{i}" for i in range(TOKENIZER_SIZE - len(special)))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=special[0])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_bpe(), eos_token="<|endoftext|>")
     for name, values in MODELS.items():
         tokenizer.save_pretrained(folder / name)
         (folder / name / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _bpe() -> Tokenizer:
+    """Byte-pair encoding with as many ids and nearly as many merges as Qwen's."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = [chr(0x4E00 + i) for i in range(400)]
+    num_merges = TOKENIZER_SIZE - len(special) - len(letters)
+    merges = list(itertools.islice(itertools.product(letters, letters), num_merges))
+    words = [*special, *letters, *map("".join, merges)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
 
 
 def write_config(folder: Path, student: str, teacher: str) -> Path:
