@@ -23,6 +23,7 @@ from trb_megatron.prompts import PromptSet, load_prompts
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
 from trb_megatron.scheduler import Request
+from trb_megatron.supervision import setup_errors, supervised_job
 
 EVALUATION_STEP = -1
 """The step that keys an evaluation's random numbers: the same at every evaluation of a run, so that
@@ -183,25 +184,26 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
         print(__doc__)
         return
-    with distributed.user_errors():
-        if not arguments:
-            raise ValueError("CONFIG.yaml is missing; --help says how to call this")
-        config = load_config(arguments[0], arguments[1:])
-        if not config.evaluation.sets:
-            raise ValueError("evaluation.sets is empty: name at least one problem file")
-        layout = distributed.initialize(config.parallel, seed=config.run.seed)
-        models = ModelPair.load(config, layout, with_teacher=False)
-    engine = RolloutEngine(models.student, None, layout, config.rollout)
-    with start_reward_workers(config.rewards, layout) as rewards:
-        with distributed.user_errors():
-            evaluator = Evaluator(config, models, engine, rewards, layout)
-        results = evaluator.evaluate()
-    if distributed.is_rank_zero():
-        metrics = {
-            k: v for name, result in results.items() for k, v in result.metrics(name).items()
-        }
-        print(json.dumps(metrics, indent=2))
-    distributed.shutdown()
+    with supervised_job():
+        with setup_errors():
+            if not arguments:
+                raise ValueError("CONFIG.yaml is missing; --help says how to call this")
+            config = load_config(arguments[0], arguments[1:])
+            if not config.evaluation.sets:
+                raise ValueError("evaluation.sets is empty: name at least one problem file")
+            layout = distributed.initialize(config.parallel, seed=config.run.seed)
+            models = ModelPair.load(config, layout, with_teacher=False)
+        engine = RolloutEngine(models.student, None, layout, config.rollout)
+        with start_reward_workers(config.rewards, layout) as rewards:
+            with setup_errors():
+                evaluator = Evaluator(config, models, engine, rewards, layout)
+            results = evaluator.evaluate()
+        if distributed.is_rank_zero():
+            metrics = {
+                k: v for name, result in results.items() for k, v in result.metrics(name).items()
+            }
+            print(json.dumps(metrics, indent=2))
+        distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -80,9 +80,11 @@ from trb_megatron.report import describe_environment
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
 from trb_megatron.scheduler import Request
+from trb_megatron.stopping import StopRequests
+from trb_megatron.supervision import RunError
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A loss or gradient that is NaN or infinite; the message names step and rank."""
 
 
@@ -147,6 +149,7 @@ class Trainer:
         self.timer = PhaseTimer()
         self.step = 0
         self.prompt_position = 0
+        self.evaluation_is_due = config.evaluation.at_start
         self._resume()
         if self.is_distilling:
             self.engine.check_cache(
@@ -161,20 +164,32 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def train(self) -> None:
-        """Run all remaining steps, evaluating and saving on the way, and export the student."""
+        """Run all remaining steps, evaluating and saving on the way, and export the student.
+
+        Asked to stop (see `stopping`), finish the step, save and return; the evaluation that the
+        step may have been due for is made up for when the run goes on.
+        """
         config = self.config
-        with RunLog(config, self.step) as log:
-            if self.step == 0 and config.evaluation.at_start and config.evaluation.sets:
-                log.record(0, self._evaluate(log))
+        with RunLog(config, self.step) as log, StopRequests() as stop_requests:
+            if self.evaluation_is_due:
+                log.add(self.step, self._evaluate(log))
             while self.step < config.training.steps:
                 metrics = self.train_step()
                 is_last = self.step == config.training.steps
-                is_due = self.step % config.evaluation.every == 0
-                if config.evaluation.at_end if is_last else is_due:
+                is_periodic = self.step % config.evaluation.every == 0
+                self.evaluation_is_due = config.evaluation.at_end if is_last else is_periodic
+                stop_reason = None if is_last else stop_requests.agree()
+                if self.evaluation_is_due and not stop_reason:
                     metrics |= self._evaluate(log)
                 log.record(self.step, metrics)
-                if self.step % config.checkpoint.every == 0 or is_last:
+                if self.step % config.checkpoint.every == 0 or is_last or stop_reason:
                     self._save()
+                if stop_reason:
+                    log.write(
+                        f"stopped by {stop_reason} after step {self.step} of "
+                        f"{config.training.steps}; start the same command again to go on"
+                    )
+                    return
         if config.checkpoint.export_hf:
             target = self.run_dir / "hf"
             save_hf_checkpoint(self.models.student, self.models.student_config, self.layout, target)
@@ -414,6 +429,7 @@ class Trainer:
 
     def _evaluate(self, log: RunLog) -> dict[str, float]:
         """Evaluate every set and show the result; the step's clock does not run meanwhile."""
+        self.evaluation_is_due = False
         metrics: dict[str, float] = {}
         for name, result in self.evaluator.evaluate().items():
             log.write(f"step {self.step} | {name}: {result}")
@@ -462,6 +478,7 @@ class Trainer:
         return TrainingState(
             step=self.step,
             prompt_position=self.prompt_position,
+            evaluation_is_due=self.evaluation_is_due,
             data_fingerprint=self.prompt_set.fingerprint,
             config=self.config.model_dump(mode="json"),
         )
@@ -490,6 +507,7 @@ class Trainer:
             )
         load_checkpoint(checkpoints[-1], self.student, self.optimizer)
         self.step, self.prompt_position = state.step, state.prompt_position
+        self.evaluation_is_due = state.evaluation_is_due
         say(f"resumed from {checkpoints[-1]}")
 
 
@@ -522,17 +540,21 @@ class RunLog:
             self._progress.write(line)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of a finished step (0: before the first) and show its progress."""
+        """Write the metrics of a finished step and show its progress."""
         if not is_rank_zero():
             return
         self._metrics.log(step, metrics)
-        if step > 0:
-            self._progress.update(
-                step,
-                loss=metrics["loss"],
-                reward=metrics.get("rollout/reward"),
-                tokens_per_s=metrics["perf/tokens_per_s"],
-            )
+        self._progress.update(
+            step,
+            loss=metrics["loss"],
+            reward=metrics.get("rollout/reward"),
+            tokens_per_s=metrics["perf/tokens_per_s"],
+        )
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Write further metrics of a step that is recorded already, or of step 0."""
+        if is_rank_zero() and metrics:
+            self._metrics.add(step, metrics)
 
 
 def say(line: str) -> None:
