@@ -18,6 +18,7 @@ from trb_megatron import distributed
 from trb_megatron.config import Config, RewardsConfig, load_config
 from trb_megatron.distributed import ParallelLayout, gather_from_leaders
 from trb_megatron.model_pair import ModelPair
+from trb_megatron.nonfinite import NonFiniteError, find_in_rollouts
 from trb_megatron.policies import Sampling, StudentPolicy
 from trb_megatron.prompts import PromptSet, load_prompts
 from trb_megatron.rewards import RewardWorkers
@@ -141,6 +142,8 @@ class Evaluator:
         policy = StudentPolicy(self.sampling, self.layout.tp_group)
         share = requests[self.layout.dp_rank :: self.layout.dp_size]
         rollouts = self.engine.generate(share, policy, self.sampling)
+        if found := find_in_rollouts(rollouts):
+            raise NonFiniteError(f"evaluation: {found}")
         graded: list[tuple[int, float, int, bool]] = []
         if self.rewards is not None:
             scores = self.rewards.score(

@@ -61,6 +61,7 @@ from trb_megatron.loss import LossOptions
 from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
 from trb_megatron.models import token_multiple
+from trb_megatron.nonfinite import NonFiniteGuard, find_in_gradients, find_in_rollouts
 from trb_megatron.optimizer import (
     build_optimizer,
     learning_rate_at,
@@ -81,11 +82,7 @@ from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
 from trb_megatron.scheduler import Request
 from trb_megatron.stopping import StopRequests
-from trb_megatron.supervision import RunError
-
-
-class NonFiniteError(RunError):
-    """A loss or gradient that is NaN or infinite; the message names step and rank."""
+from trb_megatron.vocab_parallel import RowError
 
 
 class Trainer:
@@ -147,6 +144,7 @@ class Trainer:
         )
         self.evaluator = Evaluator(config, self.models, self.engine, rewards, layout)
         self.timer = PhaseTimer()
+        self.guard = NonFiniteGuard(config.training.max_nonfinite_steps)
         self.step = 0
         self.prompt_position = 0
         self.evaluation_is_due = config.evaluation.at_start
@@ -202,6 +200,26 @@ class Trainer:
         with self.timer.phase("rollout"):
             rollouts = self._rollout(prompts, policy)
         rewards = self._score(rollouts)
+        loss_sums, lr, grad_norm = {"loss": torch.tensor(torch.nan)}, torch.nan, torch.nan
+        with self.guard.skipping():
+            self.guard.check(find_in_rollouts(rollouts), self.step)
+            loss_sums, lr, grad_norm = self._train_on(rollouts, policy)
+        metrics = self._metrics(rollouts, rewards, loss_sums)
+        metrics |= {
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "optim/skipped_steps": self.guard.num_skipped,
+        }
+        if self.is_distilling and self.config.behavior.policy == "trb":
+            metrics["behavior/kl_budget"] = self._kl_budget()
+        self.step += 1
+        self.prompt_position += self.config.training.prompts_per_step
+        return metrics
+
+    def _train_on(
+        self, rollouts: Sequence[Rollout], policy: Policy
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """Stages 4 to 6: sums of the loss and its metrics, learning rate and gradient norm."""
         microbatches = build_microbatches(
             self._balance(rollouts),
             self.config.training.max_tokens_per_microbatch,
@@ -213,14 +231,7 @@ class Trainer:
                 microbatches = self._add_teacher_hidden(microbatches)
         with self.timer.phase("train"):
             loss_sums = self._forward_backward(microbatches)
-            lr, grad_norm = self._update()
-        metrics = self._metrics(rollouts, rewards, loss_sums)
-        metrics |= {"optim/lr": lr, "optim/grad_norm": grad_norm}
-        if self.is_distilling and self.config.behavior.policy == "trb":
-            metrics["behavior/kl_budget"] = self._kl_budget()
-        self.step += 1
-        self.prompt_position += self.config.training.prompts_per_step
-        return metrics
+            return loss_sums, *self._update()
 
     # ------------------------------------------------------------------ stages of a step
 
@@ -331,7 +342,8 @@ class Trainer:
 
     def _forward_backward(self, microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
         """Gradients of the global mean loss per token; sums of the loss and its metrics."""
-        self._loss_is_finite = True
+        self._microbatches = microbatches
+        self._loss_problem: str | None = None
         self.student.train()
         self.student.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -351,35 +363,46 @@ class Trainer:
             alignment = models.alignment
         weight = models.student.output_weight
         veto_remaining = 1.0 - self.step / self.config.training.steps
-        output = fused_loss(
-            loss.name,
-            OutputLayer(hidden_NH, weight),
-            teacher,
-            options=LossOptions(
-                top_k=loss.top_k,
-                temperature=loss.temperature,
-                jsd_weight=loss.jsd_weight,
-                veto_coef=loss.veto_coef * veto_remaining,
-            ),
-            tp_group=self.layout.tp_group,
-            num_valid=models.tokenizer_size,
-            alignment=alignment,
-            sampled_ids=microbatch.labels_N,
-            weight_grad_UH=weight.main_grad,
-            workspace_bytes=loss.workspace_mb * 10**6,
-        )
-        self._loss_is_finite &= bool(output.loss_sum.isfinite())
+        try:
+            output = fused_loss(
+                loss.name,
+                OutputLayer(hidden_NH, weight),
+                teacher,
+                options=LossOptions(
+                    top_k=loss.top_k,
+                    temperature=loss.temperature,
+                    jsd_weight=loss.jsd_weight,
+                    veto_coef=loss.veto_coef * veto_remaining,
+                ),
+                tp_group=self.layout.tp_group,
+                num_valid=models.tokenizer_size,
+                alignment=alignment,
+                sampled_ids=microbatch.labels_N,
+                weight_grad_UH=weight.main_grad,
+                workspace_bytes=loss.workspace_mb * 10**6,
+            )
+        except RowError as error:
+            # The other stages are in the middle of the schedule: go through with it.
+            self._note_loss_problem(error.problem, microbatch, error.rows[0])
+            return 0.0 * hidden_NH.sum(), {}
+        if not output.loss_sum.isfinite():
+            (rows,) = output.per_token.isfinite().logical_not().nonzero(as_tuple=True)
+            self._note_loss_problem("the loss is not finite", microbatch, int(rows[0]))
         sums = {f"loss/{name}": values.sum() for name, values in output.metrics.items()}
         return output.loss_sum, {"loss": output.loss_sum.detach(), **sums}
 
+    def _note_loss_problem(self, problem: str, microbatch: Microbatch, row: int) -> None:
+        if self._loss_problem is None:
+            self._loss_problem = f"{problem} at {microbatch.describe(row)}"
+
     def _finalize_gradients(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
         """Stop on a non-finite loss or gradient while it is known whose it is, then reduce."""
+        # The loss first: it is the reason where both are not finite, perhaps on other ranks.
+        self.guard.check(self._loss_problem, self.step)
         problem = None
-        if not self._loss_is_finite:
-            problem = "loss"
-        elif not all(bool(buffer.grad_data.isfinite().all()) for buffer in self.student.buffers):
-            problem = "gradient"
-        _stop_if_any(problem, self.step)
+        if not all(bool(buffer.grad_data.isfinite().all()) for buffer in self.student.buffers):
+            problem = find_in_gradients(self.models.student, self._microbatches)
+        self.guard.check(problem, self.step)
         finalize_model_grads(models, *args, **kwargs)
 
     def _update(self) -> tuple[float, float]:
@@ -478,6 +501,7 @@ class Trainer:
         return TrainingState(
             step=self.step,
             prompt_position=self.prompt_position,
+            num_skipped=self.guard.num_skipped,
             evaluation_is_due=self.evaluation_is_due,
             data_fingerprint=self.prompt_set.fingerprint,
             config=self.config.model_dump(mode="json"),
@@ -507,6 +531,7 @@ class Trainer:
             )
         load_checkpoint(checkpoints[-1], self.student, self.optimizer)
         self.step, self.prompt_position = state.step, state.prompt_position
+        self.guard.num_skipped = state.num_skipped
         self.evaluation_is_due = state.evaluation_is_due
         say(f"resumed from {checkpoints[-1]}")
 
@@ -583,21 +608,6 @@ def _averages(total: dict[str, float]) -> dict[str, float]:
         metrics["rollout/reward"] = total["reward"] / total["rewards"]
         metrics["rollout/reward_timeouts"] = total["timeouts"]
     return metrics
-
-
-def _stop_if_any(problem: str | None, step: int) -> None:
-    """Raise on all ranks when one of them has a problem. An all-gather over the world.
-
-    Raises:
-        NonFiniteError: names the first such rank.
-    """
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for rank, found in enumerate(problems):
-        if found is not None:
-            raise NonFiniteError(
-                f"step {step}: the {found} of rank {rank} is not finite; nothing was updated"
-            )
 
 
 def _check_run_folder(config: Config) -> None:
