@@ -22,9 +22,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from trb_megatron.hf_config import HFModelConfig
 from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import carry_hf_files
-from trb_megatron.models import HFModelConfig
 from trb_megatron.optimizer import load_optimizer_state
 
 STATE_FILE = "training_state.json"

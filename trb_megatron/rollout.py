@@ -34,7 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trb_megatron.batch import Rollout, TokenRecord
-from trb_megatron.config import ConfigError, RolloutConfig
+from trb_megatron.config import (
+    AUTO_CACHE_SHARE,
+    AUTO_PAGE_TOKENS,
+    ConfigError,
+    RolloutConfig,
+)
 from trb_megatron.decode_graphs import DecodeGraphs
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.drafting import (
@@ -51,9 +56,6 @@ from trb_megatron.policies import Policy, Sampling, Uniforms
 from trb_megatron.scheduler import Admission, Request, Scheduler, SequenceState, SlotGroup
 from trb_megatron.uniforms import rollout_key
 from trb_megatron.vocab_parallel import RowError
-
-_FREE_MEMORY_SHARE = 0.8
-"""Of a GPU's free memory, the share that caches take where the configuration does not say."""
 
 
 class RolloutEngine:
@@ -186,7 +188,7 @@ class RolloutEngine:
         if self.config.cache_gb is not None:
             fitting = min(fitting, int(self.config.cache_gb * 1e9 / page_bytes) - 1)
         elif self.layout.device.type == "cuda":
-            free_bytes = _FREE_MEMORY_SHARE * _free_gpu_memory(self.layout.device)
+            free_bytes = AUTO_CACHE_SHARE * _free_gpu_memory(self.layout.device)
             fitting = min(fitting, int(free_bytes / page_bytes) - 1)
         worst = torch.tensor([fitting, -page_bytes], device=self.layout.device)
         for group in (self.layout.tp_group, self.layout.pp_group):
@@ -204,7 +206,7 @@ class RolloutEngine:
 
 def _page_tokens(config: RolloutConfig, flash_attention: int | None) -> int:
     if config.page_tokens == "auto":
-        return 256 if flash_attention == 2 else 64
+        return 256 if flash_attention == 2 else AUTO_PAGE_TOKENS
     if flash_attention == 2 and config.page_tokens % 256 != 0:
         raise ConfigError(
             f"rollout.page_tokens={config.page_tokens}: flash-attention 2 reads pages of 256 "
@@ -506,8 +508,9 @@ class _Run:
         number_N = torch.tensor([number for numbers, _ in self.records for number in numbers])
         order_N = torch.argsort(number_N, stable=True)
         lengths = [len(sequence.response_ids) for sequence in self.scheduler.sequences]
-        for name in self.records[0][1]:
-            values_N = torch.cat([kept[name] for _, kept in self.records])
+        for name in list(self.records[0][1]):
+            # Hidden states are large: what was concatenated is let go before it is sorted.
+            values_N = torch.cat([kept.pop(name) for _, kept in self.records])
             values_N = values_N[order_N.to(values_N.device)]
             for of_sequence, values in zip(columns, values_N.split(lengths), strict=True):
                 of_sequence[name] = values
