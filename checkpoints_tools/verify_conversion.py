@@ -281,7 +281,12 @@ def forward_logits(
     tokens_T[:num_tokens] = torch.tensor(token_ids)
     positions_T = torch.arange(padded, device=layout.device)
     microbatch = Microbatch(
-        tokens_T, positions_T, tokens_T, positions_T < num_tokens, cu_lengths=(0, padded)
+        tokens_T,
+        positions_T,
+        tokens_T,
+        positions_T < num_tokens,
+        cu_lengths=(0, padded),
+        sources=((0, 0),),
     )
     hidden = forward_hidden(model, [microbatch])
     if not layout.is_last_stage:

@@ -43,12 +43,16 @@ class TrainingState:
     Attributes:
         step: updates done; also the next step's number, counted from 0.
         prompt_position: prompts consumed from the endless prompt order.
+        num_skipped: steps without an update, because of a NaN or infinity.
+        evaluation_is_due: the run was stopped before the evaluation that belongs to this step.
         data_fingerprint: of the prompt set that the position refers to.
         config: the resolved configuration as plain data.
     """
 
     step: int
     prompt_position: int
+    num_skipped: int
+    evaluation_is_due: bool
     data_fingerprint: str
     config: dict[str, Any]
 

@@ -142,6 +142,8 @@ class TrainingConfig(Section):
     # where the teacher's hidden states wait for the loss: host (pinned memory) makes room on a GPU
     teacher_hidden_device: Literal["device", "host"] = "device"
     recompute_activations: Flag = False
+    # steps with a NaN or infinity whose update is skipped before the run stops; 0: it stops at once
+    max_nonfinite_steps: CountFromZero = 0
 
 
 AUTO_PAGE_TOKENS = 64
@@ -580,6 +582,7 @@ _MAY_CHANGE = (
     "training.steps",
     "training.max_tokens_per_microbatch",
     "training.teacher_hidden_device",
+    "training.max_nonfinite_steps",
     "rollout.max_sequences",
     "rollout.page_tokens",
     "rollout.cache_gb",

@@ -19,12 +19,14 @@ from trb_megatron import distributed
 from trb_megatron.config import Config, RewardsConfig, command_line, load_config
 from trb_megatron.distributed import ParallelLayout, gather_from_leaders
 from trb_megatron.model_pair import ModelPair
+from trb_megatron.nonfinite import NonFiniteError, find_in_rollouts
 from trb_megatron.pair_config import PairConfig
 from trb_megatron.policies import Sampling, StudentPolicy
 from trb_megatron.prompts import PromptSet, load_prompts
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
 from trb_megatron.scheduler import Request
+from trb_megatron.supervision import setup_errors, supervised_job
 
 EVALUATION_STEP = -1
 """The step that keys an evaluation's random numbers: the same at every evaluation of a run, so that
@@ -147,6 +149,8 @@ class Evaluator:
         policy = StudentPolicy(self.sampling, self.layout.tp_group)
         share = requests[self.layout.dp_rank :: self.layout.dp_size]
         rollouts = self.engine.generate(share, policy, self.sampling)
+        if found := find_in_rollouts(rollouts):
+            raise NonFiniteError(f"evaluation: {found}")
         graded: list[tuple[int, float, int, bool]] = []
         if self.rewards is not None:
             scores = self.rewards.score(
@@ -187,25 +191,26 @@ def _mean(values: Sequence[float]) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate `student.path` on every set and print the metrics as a JSON object."""
     options = command_line(__doc__).parse_intermixed_args(arguments)
-    with distributed.user_errors():
-        config = load_config(options.config, options.overrides)
-        if not config.evaluation.sets:
-            raise ValueError("evaluation.sets is empty: name at least one problem file")
-        layout = distributed.initialize(config.parallel, seed=config.run.seed)
-        pair = PairConfig.read(config, with_teacher=False)
-        problem_sets = load_problem_sets(config, pair.tokenizer)
-        models = ModelPair.load(pair, config, layout)
-    engine = RolloutEngine(models.student, None, layout, config.rollout)
-    with start_reward_workers(config.rewards, layout) as rewards:
-        with distributed.user_errors():
-            evaluator = Evaluator(config, pair, problem_sets, engine, rewards, layout)
-        results = evaluator.evaluate()
-    if distributed.is_rank_zero():
-        metrics = {
-            k: v for name, result in results.items() for k, v in result.metrics(name).items()
-        }
-        print(json.dumps(metrics, indent=2))
-    distributed.shutdown()
+    with supervised_job():
+        with setup_errors():
+            config = load_config(options.config, options.overrides)
+            if not config.evaluation.sets:
+                raise ValueError("evaluation.sets is empty: name at least one problem file")
+            layout = distributed.initialize(config.parallel, seed=config.run.seed)
+            pair = PairConfig.read(config, with_teacher=False)
+            problem_sets = load_problem_sets(config, pair.tokenizer)
+            models = ModelPair.load(pair, config, layout)
+        engine = RolloutEngine(models.student, None, layout, config.rollout)
+        with start_reward_workers(config.rewards, layout) as rewards:
+            with setup_errors():
+                evaluator = Evaluator(config, pair, problem_sets, engine, rewards, layout)
+            results = evaluator.evaluate()
+        if distributed.is_rank_zero():
+            metrics = {
+                k: v for name, result in results.items() for k, v in result.metrics(name).items()
+            }
+            print(json.dumps(metrics, indent=2))
+        distributed.shutdown()
 
 
 if __name__ == "__main__":

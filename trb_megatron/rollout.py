@@ -55,6 +55,7 @@ from trb_megatron.pipeline import Announcement, take_turns
 from trb_megatron.policies import Policy, Sampling, Uniforms
 from trb_megatron.scheduler import Admission, Request, Scheduler, SequenceState, SlotGroup
 from trb_megatron.uniforms import rollout_key
+from trb_megatron.vocab_parallel import RowError
 
 
 class RolloutEngine:
@@ -350,8 +351,9 @@ class _Run:
         student_SGU, drafted_SG = yield from self._draft(view)
         teacher_NU, teacher_NH = self._score(view, drafted_SG)
         record, drawn_2SG = None, None
+        problems: dict[int, str] = {}
         if student_SGU is not None:
-            token_ids_N, record = self.policy.draw(
+            token_ids_N, record, problems = self._draw(
                 student_SGU.flatten(0, 1), teacher_NU, view.uniforms(0, num_positions)
             )
             drawn_2SG = torch.stack([token_ids_N, record.accepted.long()]).view(2, *view.shape)
@@ -360,6 +362,7 @@ class _Run:
         counts = self._commit(group, announced.wait(), drafted_SG)
         if record is not None:
             self._keep(group.sequences, counts, record, teacher_NH)
+        self._note_problems(group.sequences, counts, problems, num_positions)
         self.scheduler.retire(group)
 
     def _draft(self, view: _RoundView) -> Generator[None, None, tuple[Tensor | None, Tensor]]:
@@ -401,6 +404,44 @@ class _Run:
         if hidden_NH is None:
             return None, None
         return self.teacher.project(hidden_NH), hidden_NH
+
+    def _draw(
+        self, student_NU: Tensor, teacher_NU: Tensor | None, uniforms: Uniforms
+    ) -> tuple[Tensor, TokenRecord, dict[int, str]]:
+        """The policy's draw, and the problem of each row whose logits cannot be used.
+
+        Such a row draws from equal logits instead: the rollouts of all ranks go on together, and
+        the caller decides what becomes of them.
+        """
+        problems: dict[int, str] = {}
+        while True:
+            try:
+                token_ids_N, record = self.policy.draw(student_NU, teacher_NU, uniforms)
+            except RowError as error:
+                if problems.keys() & error.rows:
+                    raise  # equal logits don't help
+                rows = list(error.rows)
+                problems |= dict.fromkeys(rows, error.problem)
+                for logits_NU in (student_NU, teacher_NU):
+                    if logits_NU is not None:
+                        logits_NU[rows] = 0.0
+            else:
+                return token_ids_N, record, problems
+
+    def _note_problems(
+        self,
+        sequences: Sequence[SequenceState],
+        counts: list[int],
+        problems: dict[int, str],
+        num_positions: int,
+    ) -> None:
+        """Remember the first problem of each sequence among its committed tokens."""
+        for row, problem in sorted(problems.items()):
+            sequence, count = sequences[row // num_positions], counts[row // num_positions]
+            position = row % num_positions
+            if position < count and sequence.problem is None:
+                number = len(sequence.response_ids) - count + position
+                sequence.problem = f"{problem} at token {number}"
 
     def _commit(self, group: SlotGroup, drawn_2SG: Tensor, drafted_SG: Tensor) -> list[int]:
         """Append what was drawn to the sequences; how many tokens each of them got."""
@@ -460,6 +501,7 @@ class _Run:
                 teacher_calls=sequence.num_teacher_calls,
                 teacher_hidden=of_sequence.pop("teacher_hidden", None),
                 record=TokenRecord(**of_sequence) if of_sequence else None,
+                problem=sequence.problem,
             )
             for sequence, of_sequence in zip(sequences, self._columns_by_sequence(), strict=True)
         ]

@@ -22,26 +22,28 @@ def main(arguments: list[str] | None = None) -> None:
     # Checkpoint writers are spawned processes that import this module again: keep that light.
     from trb_megatron import distributed
     from trb_megatron.config import load_config
+    from trb_megatron.supervision import setup_errors, supervised_job
 
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
     if not options.dry_run and (options.world_size or options.memory_gb):
         parser.error("--world-size and --memory-gb are for --dry-run")
-    with distributed.user_errors():
-        config = load_config(options.config, options.overrides)
-        if options.dry_run:
-            dry_run(config, options.world_size, options.memory_gb)
-            return
-        layout = distributed.initialize(config.parallel, seed=config.run.seed)
+    with supervised_job():
+        with setup_errors():
+            config = load_config(options.config, options.overrides)
+            if options.dry_run:
+                dry_run(config, options.world_size, options.memory_gb)
+                return
+            layout = distributed.initialize(config.parallel, seed=config.run.seed)
 
-    from trb_megatron.evaluate import start_reward_workers
-    from trb_megatron.trainer import Trainer
+        from trb_megatron.evaluate import start_reward_workers
+        from trb_megatron.trainer import Trainer
 
-    with start_reward_workers(config.rewards, layout) as rewards:
-        with distributed.user_errors():
-            trainer = Trainer(config, layout, rewards)
-        trainer.train()
-    distributed.shutdown()
+        with start_reward_workers(config.rewards, layout) as rewards:
+            with setup_errors():
+                trainer = Trainer(config, layout, rewards)
+            trainer.train()
+        distributed.shutdown()
 
 
 def dry_run(config: Config, world_size: int | None = None, memory_gb: float | None = None) -> None:

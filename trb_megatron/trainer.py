@@ -61,6 +61,7 @@ from trb_megatron.loss import LossOptions
 from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
 from trb_megatron.models import flash_attention_version, token_multiple
+from trb_megatron.nonfinite import NonFiniteGuard, find_in_gradients, find_in_rollouts
 from trb_megatron.optimizer import (
     build_optimizer,
     learning_rate_at,
@@ -82,10 +83,8 @@ from trb_megatron.report import describe_environment, describe_plan
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
 from trb_megatron.scheduler import Request
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is NaN or infinite; the message names step and rank."""
+from trb_megatron.stopping import StopRequests
+from trb_megatron.vocab_parallel import RowError
 
 
 class Trainer:
@@ -151,8 +150,10 @@ class Trainer:
         )
         self.evaluator = Evaluator(config, self.pair, problem_sets, self.engine, rewards, layout)
         self.timer = PhaseTimer()
+        self.guard = NonFiniteGuard(config.training.max_nonfinite_steps)
         self.step = 0
         self.prompt_position = 0
+        self.evaluation_is_due = config.evaluation.at_start
         self._resume()
         if self.is_distilling:
             self.engine.check_cache(
@@ -167,20 +168,32 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def train(self) -> None:
-        """Run all remaining steps, evaluating and saving on the way, and export the student."""
+        """Run all remaining steps, evaluating and saving on the way, and export the student.
+
+        Asked to stop (see `stopping`), finish the step, save and return; the evaluation that the
+        step may have been due for is made up for when the run goes on.
+        """
         config = self.config
-        with RunLog(config, self.step) as log:
-            if self.step == 0 and config.evaluation.at_start and config.evaluation.sets:
-                log.record(0, self._evaluate(log))
+        with RunLog(config, self.step) as log, StopRequests() as stop_requests:
+            if self.evaluation_is_due:
+                log.add(self.step, self._evaluate(log))
             while self.step < config.training.steps:
                 metrics = self.train_step()
                 is_last = self.step == config.training.steps
-                is_due = self.step % config.evaluation.every == 0
-                if config.evaluation.at_end if is_last else is_due:
+                is_periodic = self.step % config.evaluation.every == 0
+                self.evaluation_is_due = config.evaluation.at_end if is_last else is_periodic
+                stop_reason = None if is_last else stop_requests.agree()
+                if self.evaluation_is_due and not stop_reason:
                     metrics |= self._evaluate(log)
                 log.record(self.step, metrics)
-                if self.step % config.checkpoint.every == 0 or is_last:
+                if self.step % config.checkpoint.every == 0 or is_last or stop_reason:
                     self._save()
+                if stop_reason:
+                    log.write(
+                        f"stopped by {stop_reason} after step {self.step} of "
+                        f"{config.training.steps}; start the same command again to go on"
+                    )
+                    return
         if config.checkpoint.export_hf:
             target = self.run_dir / "hf"
             save_hf_checkpoint(self.models.student, self.pair.student, self.layout, target)
@@ -193,6 +206,26 @@ class Trainer:
         with self.timer.phase("rollout"):
             rollouts = self._rollout(prompts, policy)
         rewards = self._score(rollouts)
+        loss_sums, lr, grad_norm = {"loss": torch.tensor(torch.nan)}, torch.nan, torch.nan
+        with self.guard.skipping():
+            self.guard.check(find_in_rollouts(rollouts), self.step)
+            loss_sums, lr, grad_norm = self._train_on(rollouts, policy)
+        metrics = self._metrics(rollouts, rewards, loss_sums)
+        metrics |= {
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "optim/skipped_steps": self.guard.num_skipped,
+        }
+        if self.is_distilling and self.config.behavior.policy == "trb":
+            metrics["behavior/kl_budget"] = self._kl_budget()
+        self.step += 1
+        self.prompt_position += self.config.training.prompts_per_step
+        return metrics
+
+    def _train_on(
+        self, rollouts: Sequence[Rollout], policy: Policy
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """Stages 4 to 6: sums of the loss and its metrics, learning rate and gradient norm."""
         microbatches = build_microbatches(
             self._balance(rollouts),
             self.config.training.max_tokens_per_microbatch,
@@ -204,14 +237,7 @@ class Trainer:
                 microbatches = self._add_teacher_hidden(microbatches)
         with self.timer.phase("train"):
             loss_sums = self._forward_backward(microbatches)
-            lr, grad_norm = self._update()
-        metrics = self._metrics(rollouts, rewards, loss_sums)
-        metrics |= {"optim/lr": lr, "optim/grad_norm": grad_norm}
-        if self.is_distilling and self.config.behavior.policy == "trb":
-            metrics["behavior/kl_budget"] = self._kl_budget()
-        self.step += 1
-        self.prompt_position += self.config.training.prompts_per_step
-        return metrics
+            return loss_sums, *self._update()
 
     # ------------------------------------------------------------------ stages of a step
 
@@ -322,7 +348,8 @@ class Trainer:
 
     def _forward_backward(self, microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
         """Gradients of the global mean loss per token; sums of the loss and its metrics."""
-        self._loss_is_finite = True
+        self._microbatches = microbatches
+        self._loss_problem: str | None = None
         self.student.train()
         self.student.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -342,35 +369,46 @@ class Trainer:
             alignment = self.pair.alignment
         weight = models.student.output_weight
         veto_remaining = 1.0 - self.step / self.config.training.steps
-        output = fused_loss(
-            loss.name,
-            OutputLayer(hidden_NH, weight),
-            teacher,
-            options=LossOptions(
-                top_k=loss.top_k,
-                temperature=loss.temperature,
-                jsd_weight=loss.jsd_weight,
-                veto_coef=loss.veto_coef * veto_remaining,
-            ),
-            tp_group=self.layout.tp_group,
-            num_valid=self.pair.tokenizer_size,
-            alignment=alignment,
-            sampled_ids=microbatch.labels_N,
-            weight_grad_UH=weight.main_grad,
-            workspace_bytes=loss.workspace_mb * 10**6,
-        )
-        self._loss_is_finite &= bool(output.loss_sum.isfinite())
+        try:
+            output = fused_loss(
+                loss.name,
+                OutputLayer(hidden_NH, weight),
+                teacher,
+                options=LossOptions(
+                    top_k=loss.top_k,
+                    temperature=loss.temperature,
+                    jsd_weight=loss.jsd_weight,
+                    veto_coef=loss.veto_coef * veto_remaining,
+                ),
+                tp_group=self.layout.tp_group,
+                num_valid=self.pair.tokenizer_size,
+                alignment=alignment,
+                sampled_ids=microbatch.labels_N,
+                weight_grad_UH=weight.main_grad,
+                workspace_bytes=loss.workspace_mb * 10**6,
+            )
+        except RowError as error:
+            # The other stages are in the middle of the schedule: go through with it.
+            self._note_loss_problem(error.problem, microbatch, error.rows[0])
+            return 0.0 * hidden_NH.sum(), {}
+        if not output.loss_sum.isfinite():
+            (rows,) = output.per_token.isfinite().logical_not().nonzero(as_tuple=True)
+            self._note_loss_problem("the loss is not finite", microbatch, int(rows[0]))
         sums = {f"loss/{name}": values.sum() for name, values in output.metrics.items()}
         return output.loss_sum, {"loss": output.loss_sum.detach(), **sums}
 
+    def _note_loss_problem(self, problem: str, microbatch: Microbatch, row: int) -> None:
+        if self._loss_problem is None:
+            self._loss_problem = f"{problem} at {microbatch.describe(row)}"
+
     def _finalize_gradients(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
         """Stop on a non-finite loss or gradient while it is known whose it is, then reduce."""
+        # The loss first: it is the reason where both are not finite, perhaps on other ranks.
+        self.guard.check(self._loss_problem, self.step)
         problem = None
-        if not self._loss_is_finite:
-            problem = "loss"
-        elif not all(bool(buffer.grad_data.isfinite().all()) for buffer in self.student.buffers):
-            problem = "gradient"
-        _stop_if_any(problem, self.step)
+        if not all(bool(buffer.grad_data.isfinite().all()) for buffer in self.student.buffers):
+            problem = find_in_gradients(self.models.student, self._microbatches)
+        self.guard.check(problem, self.step)
         finalize_model_grads(models, *args, **kwargs)
 
     def _update(self) -> tuple[float, float]:
@@ -420,6 +458,7 @@ class Trainer:
 
     def _evaluate(self, log: RunLog) -> dict[str, float]:
         """Evaluate every set and show the result; the step's clock does not run meanwhile."""
+        self.evaluation_is_due = False
         metrics: dict[str, float] = {}
         for name, result in self.evaluator.evaluate().items():
             log.write(f"step {self.step} | {name}: {result}")
@@ -455,6 +494,8 @@ class Trainer:
         return TrainingState(
             step=self.step,
             prompt_position=self.prompt_position,
+            num_skipped=self.guard.num_skipped,
+            evaluation_is_due=self.evaluation_is_due,
             data_fingerprint=self.prompt_set.fingerprint,
             config=self.config.model_dump(mode="json"),
         )
@@ -483,6 +524,8 @@ class Trainer:
             )
         load_checkpoint(checkpoints[-1], self.student, self.optimizer)
         self.step, self.prompt_position = state.step, state.prompt_position
+        self.guard.num_skipped = state.num_skipped
+        self.evaluation_is_due = state.evaluation_is_due
         say(f"resumed from {checkpoints[-1]}")
 
 
@@ -515,17 +558,21 @@ class RunLog:
             self._progress.write(line)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of a finished step (0: before the first) and show its progress."""
+        """Write the metrics of a finished step and show its progress."""
         if not is_rank_zero():
             return
         self._metrics.log(step, metrics)
-        if step > 0:
-            self._progress.update(
-                step,
-                loss=metrics["loss"],
-                reward=metrics.get("rollout/reward"),
-                tokens_per_s=metrics["perf/tokens_per_s"],
-            )
+        self._progress.update(
+            step,
+            loss=metrics["loss"],
+            reward=metrics.get("rollout/reward"),
+            tokens_per_s=metrics["perf/tokens_per_s"],
+        )
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Write further metrics of a step that is recorded already, or of step 0."""
+        if is_rank_zero() and metrics:
+            self._metrics.add(step, metrics)
 
 
 def say(line: str) -> None:
@@ -563,21 +610,6 @@ def _averages(total: dict[str, float]) -> dict[str, float]:
         metrics["rollout/reward"] = total["reward"] / total["rewards"]
         metrics["rollout/reward_timeouts"] = total["timeouts"]
     return metrics
-
-
-def _stop_if_any(problem: str | None, step: int) -> None:
-    """Raise on all ranks when one of them has a problem. An all-gather over the world.
-
-    Raises:
-        NonFiniteError: names the first such rank.
-    """
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for rank, found in enumerate(problems):
-        if found is not None:
-            raise NonFiniteError(
-                f"step {step}: the {found} of rank {rank} is not finite; nothing was updated"
-            )
 
 
 def _check_run_folder(config: Config) -> None:
