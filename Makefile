@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu test-newest lint install
+.PHONY: demo test test-slow test-gpu test-newest run-newest lint install
 
 demo: install
 	$(RUN) launch/demo.py
