@@ -404,6 +404,8 @@ def test_commit_of_the_package_and_whether_it_was_changed(
     source.write_text("a = 1\n")
     monkeypatch.setattr(config_module, "__file__", str(source))
     assert git_commit() is None
+    monkeypatch.setenv("TRB_COMMIT", "of the image")
+    assert git_commit() == "of the image"
     _git(tmp_path, "init", "--quiet")
     _git(tmp_path, "add", ".")
     _git(tmp_path, "commit", "--quiet", "-m", "first")

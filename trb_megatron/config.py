@@ -625,11 +625,12 @@ def _fixed_values(config: Config) -> dict[str, Any]:
 def git_commit() -> str | None:
     """The commit this package's source was checked out at, with "-dirty" if it was changed since.
 
-    None when the package does not run from its own git checkout.
+    Outside its own git checkout, the commit that a container image was built from (TRB_COMMIT), or
+    None.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # installed, perhaps inside somebody else's repository
-        return None
+        return os.environ.get("TRB_COMMIT") or None
     describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     command = ["git", "-C", str(root), *describe]
     try:
