@@ -459,6 +459,21 @@ def to_yaml(values: Mapping[str, Any], key: str = "", snippet: str = "") -> byte
     return yaml.safe_dump(values, sort_keys=False).replace("'@'", snippet).encode()
 
 
+def document_mutant(
+    change: Callable[[str], str | bytes], expected: tuple[str, ...] | dict[str, Any]
+) -> Mutant:
+    """A row of `DOCUMENTS`, applied to the first base."""
+    content = change(DISTILL)
+    if isinstance(content, str):
+        content = content.encode()
+    if isinstance(expected, dict):
+        return Mutant("document", content, values=expected)
+    line = DISTILL.count("\n") + 1
+    return Mutant(
+        "document", content, named=tuple(name.replace(":N:", f":{line}:") for name in expected)
+    )
+
+
 class Generator:
     """Draws mutants; the same seed draws the same ones."""
 
@@ -533,27 +548,16 @@ class Generator:
         return self.place("section", self.base(), name, snippet, named=named)
 
     def document(self) -> Mutant:
-        change, expected = self.random.choice(DOCUMENTS)
-        content = change(DISTILL)
-        if isinstance(content, str):
-            content = content.encode()
-        if isinstance(expected, dict):
-            return Mutant("document", content, values=expected)
-        line = str(DISTILL.count("\n") + 1)
-        named = tuple(name.replace(":N:", f":{line}:") for name in expected)
-        return Mutant("document", content, named=named)
+        return document_mutant(*self.random.choice(DOCUMENTS))
 
     def broken_override(self) -> Mutant:
         override, name = self.random.choice(BROKEN_OVERRIDES)
-        harmless = (f"training.steps={self.random.randrange(1, 99)}",)
-        return Mutant(
-            "broken-override", to_yaml(BASES[self.base()]), (*harmless, override), named=(name,)
-        )
+        overrides = (self.harmless(), override)
+        return Mutant("broken-override", to_yaml(BASES[self.base()]), overrides, named=(name,))
 
     def conflict(self) -> Mutant:
         base, overrides, named = self.random.choice(CONFLICTS)
-        harmless = f"training.steps={self.random.randrange(1, 99)}"
-        shuffled = self.random.sample((harmless, *overrides), k=1 + len(overrides))
+        shuffled = self.random.sample((self.harmless(), *overrides), k=1 + len(overrides))
         return Mutant("conflict", to_yaml(BASES[base]), tuple(shuffled), named=named)
 
     def layout(self) -> Mutant:
@@ -582,6 +586,9 @@ class Generator:
             world_size=world_size,
             model=model,
         )
+
+    def harmless(self) -> str:
+        return f"training.steps={self.random.randrange(1, 99)}"
 
     def base(self) -> str:
         return self.random.choice(list(BASES))
@@ -730,24 +737,47 @@ def test_base_is_valid(base: str, tmp_path: Path) -> None:
 def test_mutant_is_refused_by_name_or_has_the_stated_value(
     mutant: Mutant, tmp_path: Path, model_configs: dict[str, Any]
 ) -> None:
+    check(mutant, tmp_path, model_configs)
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_every_value_of_the_tables(key: str, tmp_path: Path) -> None:
+    content = to_yaml(BASES["distill"])
+    for snippet in OPTIONS[key].bad:
+        check(Mutant("bad-value", content, (f"{key}={snippet}",), named=(key,)), tmp_path)
+    for snippet, value in OPTIONS[key].good:
+        check(Mutant("good-value", content, (f"{key}={snippet}",), values={key: value}), tmp_path)
+
+
+def test_every_document_override_and_conflict(tmp_path: Path) -> None:
+    for change, expected in DOCUMENTS:
+        check(document_mutant(change, expected), tmp_path)
+    for override, name in BROKEN_OVERRIDES:
+        check(Mutant("override", to_yaml(BASES["distill"]), (override,), named=(name,)), tmp_path)
+    for base, overrides, named in CONFLICTS:
+        check(Mutant("conflict", to_yaml(BASES[base]), overrides, named), tmp_path)
+
+
+def check(mutant: Mutant, folder: Path, model_configs: Mapping[str, Any] | None = None) -> None:
+    """Load a mutant as a job would, and compare with what is expected of it."""
     if mutant.named:
         with pytest.raises(ValueError) as error:
-            load_for_a_job(mutant, tmp_path, model_configs)
+            load_for_a_job(mutant, folder, model_configs)
         assert type(error.value) is ConfigError or mutant.kind == "layout"
         check_readable(str(error.value), mutant.named)
         return
-    config = load_for_a_job(mutant, tmp_path, model_configs)
+    config = load_for_a_job(mutant, folder, model_configs)
     for key, expected in mutant.values.items():
         value = value_at(config, key)
         assert (type(value), value) == (type(expected), expected)
-    save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == config
+    save_config(config, folder / "config.yaml")
+    assert load_config(folder / "config.yaml") == config
 
 
-def load_for_a_job(mutant: Mutant, folder: Path, model_configs: dict[str, Any]) -> Config:
+def load_for_a_job(mutant: Mutant, folder: Path, model_configs: Mapping[str, Any] | None) -> Config:
     """What is checked before any weight is read."""
     config = load_config(write(mutant, folder), list(mutant.overrides))
-    if mutant.world_size:
+    if model_configs is not None and mutant.model:
         from trb_megatron.models import check_layout
 
         parallel = config.parallel
