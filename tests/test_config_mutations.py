@@ -159,6 +159,7 @@ OPTIONS: dict[str, Options] = {
     "training.precision": choice("fp32", "bf16", good=("fp32", "bf16")),
     "training.max_tokens_per_microbatch": whole(1),
     "training.teacher_hidden_device": choice("device", "host", good=("device", "host")),
+    "training.max_nonfinite_steps": whole(0),
     "training.recompute_activations": flag(),
     "rollout.rollouts_per_prompt": whole(1, 2**16),
     "rollout.max_response_tokens": whole(1),
