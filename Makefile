@@ -44,7 +44,8 @@ CHECK_NEWEST := import sys; from importlib.metadata import version; \
         and megatron.startswith("$(NEWEST_MEGATRON).")))
 
 test-newest:
-	@for python in python$(NEWEST_PYTHON) "$$(pyenv root 2> /dev/null)"/versions/$(NEWEST_PYTHON)*/bin/python; do \
+	@for python in python$(NEWEST_PYTHON) \
+	    "$$(pyenv root 2> /dev/null)"/versions/$(NEWEST_PYTHON)*/bin/python; do \
 	    if "$$python" -c '$(CAN_BUILD)' 2> /dev/null; then \
 	        exec $(MAKE) --no-print-directory VENV=.venv-newest PYTHON="$$python" run-newest; \
 	    fi; \

@@ -48,32 +48,29 @@ SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader"}
 UNSAFE_SHELL = re.compile(r"(?<![\w.-])eval(?![\w(])|(curl|wget)\b.*\|\s*(ba|z)?sh\b")
 
 
-class _Violations(ast.NodeVisitor):
-    """Collects (line, what is wrong) of one module."""
+class _Module:
+    """A parsed module: what its local names mean, and what is wrong with its calls."""
 
-    def __init__(self, in_package: bool) -> None:
-        self.found: list[tuple[int, str]] = []
+    def __init__(self, source: str, in_package: bool) -> None:
+        self.found: set[tuple[int, str]] = set()  # (line, what is wrong)
         self._in_package = in_package
+        nodes = list(ast.walk(ast.parse(source)))
         self._meaning: dict[str, str] = {}  # local name -> dotted name
-        self._safe_loaders = set(SAFE_LOADERS)
-
-    def visit_Import(self, node: ast.Import) -> None:
-        for alias in node.names:
-            if alias.asname:
-                self._meaning[alias.asname] = alias.name
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        for alias in node.names:
-            self._meaning[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        if any(self._name(base) in self._safe_loaders for base in node.bases):
-            self._safe_loaders.add(node.name)
-        self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        self._check(node, self._name(node.func))
-        self.generic_visit(node)
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                self._meaning |= {alias.asname: alias.name for alias in node.names if alias.asname}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    self._meaning[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        self._safe_loaders = SAFE_LOADERS | {
+            node.name
+            for node in nodes
+            if isinstance(node, ast.ClassDef)
+            and any(self._name(base) in SAFE_LOADERS for base in node.bases)
+        }
+        for node in nodes:
+            if isinstance(node, ast.Call):
+                self._check(node, self._name(node.func))
 
     def _name(self, node: ast.AST) -> str:
         if isinstance(node, ast.Attribute):
@@ -105,14 +102,12 @@ class _Violations(ast.NodeVisitor):
         return "filter" if name.endswith(".extractall") else None
 
     def _report(self, node: ast.Call, what: str) -> None:
-        self.found.append((node.lineno, what))
+        self.found.add((node.lineno, what))
 
 
 def violations(source: str, *, in_package: bool = True) -> list[tuple[int, str]]:
     """(line, what is wrong) of a Python module."""
-    visitor = _Violations(in_package)
-    visitor.visit(ast.parse(source))
-    return sorted(set(visitor.found))
+    return sorted(_Module(source, in_package).found)
 
 
 def tree_violations(root: Path) -> Iterator[str]:
@@ -181,6 +176,7 @@ def test_planted_shell_command_is_found(tmp_path: Path, source: str) -> None:
         "model.eval()",
         "import torch\ntorch.load(file, weights_only=True)",
         "import yaml\nclass L(yaml.SafeLoader): ...\nyaml.load(text, Loader=L)",
+        "import yaml\nyaml.load(text, Loader=L)\nclass L(yaml.SafeLoader): ...",
         "import numpy as np\nnp.load(file)",
         "AutoModel.from_pretrained(path, trust_remote_code=False)",
     ],

@@ -38,15 +38,18 @@ _INDEX_NAMES = {
     "pathlib": {"PosixPath"},
     "pathlib._local": {"PosixPath"},  # Python 3.13
 }
-# What `get_extra_state` of Transformer Engine 2 pickles: tensors, numbers and the FP8 recipe.
+# What `get_extra_state` of Transformer Engine 2 pickles: tensors, numbers and the FP8 recipe. Close
+# to the list of megatron-core 0.19's `SafeUnpickler`, which guards its grouped experts only.
 _SCALING_NAMES = {
     "collections": {"OrderedDict"},
     "torch": {"Size"},
+    "torch._tensor": {"_rebuild_from_type_v2"},
     "torch._utils": {"_rebuild_tensor_v2"},
-    "torch.storage": {"_load_from_bytes"},  # a `torch.load`: see no_code_from
+    "torch.storage": {"UntypedStorage", "_load_from_bytes"},  # the latter is a `torch.load`
     "transformer_engine.common.recipe": {
         *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
         *("NVFP4BlockScaling", "Format", "_FormatHelper", "MMParams", "QParams"),
+        "_OverrideLinearPrecision",
     },
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
 }
@@ -88,6 +91,8 @@ def read_index(checkpoint: Path) -> Metadata:
 
 def check_scaling_states(model_state: Mapping[str, Any]) -> None:
     """Check what Transformer Engine is going to unpickle of a loaded state dict.
+
+    Call it inside `no_code_from`: a state's tensors are torch files of their own.
 
     Raises:
         pickle.UnpicklingError: a state asks for something that no FP8 layer needs.
