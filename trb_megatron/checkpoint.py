@@ -22,9 +22,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from trb_megatron.hf_config import HFModelConfig
 from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import carry_hf_files
-from trb_megatron.models import HFModelConfig
 from trb_megatron.optimizer import load_optimizer_state
 
 STATE_FILE = "training_state.json"
@@ -43,6 +43,7 @@ class TrainingState:
     Attributes:
         step: updates done; also the next step's number, counted from 0.
         prompt_position: prompts consumed from the endless prompt order.
+        num_skipped: steps without an update, because of a NaN or infinity.
         evaluation_is_due: the run was stopped before the evaluation that belongs to this step.
         data_fingerprint: of the prompt set that the position refers to.
         config: the resolved configuration as plain data.
@@ -50,6 +51,7 @@ class TrainingState:
 
     step: int
     prompt_position: int
+    num_skipped: int
     evaluation_is_due: bool
     data_fingerprint: str
     config: dict[str, Any]
