@@ -57,8 +57,9 @@ SlurmdTimeout=10
 KillWait=5
 OverTimeLimit=2
 InactiveLimit=0
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1_port} CPUs=16 RealMemory=65536 Gres=gpu:1
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2_port} CPUs=16 RealMemory=65536 Gres=gpu:1
+NodeName=DEFAULT NodeHostname=localhost NodeAddr=127.0.0.1 CPUs=16 RealMemory=65536 Gres=gpu:1
+NodeName=n1 Port={n1_port}
+NodeName=n2 Port={n2_port}
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -182,8 +183,7 @@ class SlurmCluster:
         done = subprocess.run(
             command,
             env=self.environment | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             timeout=60,
         )

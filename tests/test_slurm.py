@@ -157,8 +157,9 @@ def test_failing_job_ends_as_failed_with_its_reason_first(
 ) -> None:
     job = Job.train(cluster, config_file, tmp_path / "job", "training.stepps=7")
     cluster.wait_for(job.id, JobState="FAILED", Restarts="0")
-    errors = [line for line in job.log.splitlines() if "error" in line]
-    assert errors[0].startswith("error: training.stepps")
+    first_error = job.log[job.log.index("error") :].splitlines()
+    assert first_error[0].startswith("error: ")
+    assert "training.stepps" in first_error[1]
     assert "Traceback" not in job.log
 
 
