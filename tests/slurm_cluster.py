@@ -20,7 +20,8 @@ PACKAGES = ("slurm-wlm", "munge")
 
 # Nodes have the GPUs and the memory that the sbatch files ask for, on paper. A requeued job waits
 # for credentials to expire (cred_expire); a node counts as lost after SlurmdTimeout; OverTimeLimit
-# leaves a slow machine more time after the signal that comes before a time limit.
+# leaves a slow machine more time after the signal that comes before a time limit, GraceTime after
+# preemption by a job of the partition "urgent".
 _SLURM_CONF = """
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -57,10 +58,13 @@ SlurmdTimeout=10
 KillWait=5
 OverTimeLimit=2
 InactiveLimit=0
-NodeName=DEFAULT NodeHostname=localhost NodeAddr=127.0.0.1 CPUs=16 RealMemory=65536 Gres=gpu:1
-NodeName=n1 Port={n1_port}
-NodeName=n2 Port={n2_port}
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+NodeName=DEFAULT CPUs=16 RealMemory=65536 Gres=gpu:1
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1_port}
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2_port}
+PartitionName=all Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=n1,n2 PriorityTier=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 """
 
 

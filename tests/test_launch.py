@@ -21,7 +21,8 @@ STAND_INS = {
             [[ $RANKS == *-at-once || -e $TRB_STOP_FILE ]] && break
             /bin/sleep 0.01
         done
-        [[ $RANKS == stop ]] && echo "stopped after step 3" > "$TRB_STOP_FILE"
+        [[ $RANKS == stop ]] && echo "stopped by a file" > "$TRB_STOP_FILE"
+        [[ $RANKS == preempt* ]] && echo "stopped by SIGTERM" > "$TRB_STOP_FILE"
         [[ $RANKS != fail* ]]
     """,
     "scontrol": """
@@ -73,8 +74,8 @@ def srun_options(sbatch: str, variables: dict[str, str], *arguments: str) -> lis
 
 def test_ranks_of_all_nodes_meet_on_the_first(variables: dict[str, str]) -> None:
     options = srun_options("train.sbatch", variables, "run.yaml", "run.dir=a b")
-    command = options[options.index("python") :]
-    assert command == [
+    assert options[options.index("env") :] == [
+        *("env", "--ignore-signal=TERM", "PET_SIGNALS_TO_HANDLE=SIGINT"),
         *("python", "-m", "trb_megatron.launch", "--nnodes=2", "--nproc-per-node=4"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=10.1.2.3:22345", "--rdzv-id=12345.0"),
         *("-m", "trb_megatron.train", "run.yaml", "run.dir=a b"),
@@ -120,6 +121,15 @@ def test_only_a_run_stopped_by_the_time_limit_is_requeued(
     assert ("requeue 12345" in asked) == requeued
     assert (folder / "sleep").exists() == requeued
     assert not (REPOSITORY / ".stop-12345.0").exists()
+
+
+def test_script_of_a_preempted_job_waits_for_slurm(variables: dict[str, str]) -> None:
+    job = start("train.sbatch", variables | {"RANKS": "preempt-at-once"})
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 0
+    assert "preempted" in output
+    assert (Path(variables["FOLDER"]) / "sleep").read_text() == "600\n"
+    assert "requeue" not in (Path(variables["FOLDER"]) / "scontrol").read_text()
 
 
 def test_script_waits_for_slurm_when_a_node_does_not_answer(variables: dict[str, str]) -> None:

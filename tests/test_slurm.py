@@ -1,4 +1,4 @@
-"""Training jobs on a real SLURM: time limits, cancellation, lost nodes and failures."""
+"""Jobs on a real SLURM: time limits, preemption, cancellation, lost nodes and failures."""
 
 import os
 import re
@@ -82,6 +82,11 @@ class Job:
 
         wait_until(is_there, f"step {step}")
 
+    def wait_for_restart(self, count: int) -> None:
+        """Wait until a training run was resumed a number of times and has done a step since."""
+        wait_until(lambda: len(self.resumed_at()) == count, f"restart {count}")
+        self.wait_for_step(self.resumed_at()[-1] + 1)
+
     def signal_script(self, name: str) -> None:
         """Send a signal to the batch script alone, as --signal=B: does."""
         self.cluster.run("scancel", "--batch", f"--signal={name}", self.id)
@@ -130,7 +135,7 @@ def test_run_goes_on_after_a_node_is_lost(
     assert weights_digest(tmp_path / "job/run/hf") == undisturbed
 
 
-def test_real_time_limit_requeues_and_a_cancellation_does_not(
+def test_time_limit_preemption_and_cancellation_of_a_long_run(
     cluster: SlurmCluster, config_file: Path, tmp_path: Path
 ) -> None:
     job = Job.train(
@@ -141,15 +146,20 @@ def test_real_time_limit_requeues_and_a_cancellation_does_not(
         time="1",
         signal="B:USR1@5",
     )
-    wait_until(lambda: job.restarts == 1, "requeueing")
+    wait_until(lambda: job.restarts == 1, "requeueing before the time limit")
     cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
-    wait_until(job.resumed_at, "the resumed run")
-    (step,) = job.resumed_at()
-    job.wait_for_step(step + 2)
+    job.wait_for_restart(1)
+
+    cluster.submit("--partition=urgent", "--output=/dev/null", "--wrap=true")
+    wait_until(lambda: job.restarts == 2, "requeueing after preemption")
+    job.wait_for_restart(2)
+    assert "stopped by SIGTERM" in job.log
+
     job.signal_script("TERM")
-    cluster.wait_for(job.id, JobState="COMPLETED", Restarts="1")
+    cluster.wait_for(job.id, JobState="COMPLETED", Restarts="2")
     checkpoints = (tmp_path / "job/run/checkpoints").glob("step_*")
-    assert max(int(folder.name.removeprefix("step_")) for folder in checkpoints) >= step + 2
+    last_step = max(int(folder.name.removeprefix("step_")) for folder in checkpoints)
+    assert job.resumed_at()[-1] < last_step < 100_000
 
 
 def test_failing_job_ends_as_failed_with_its_reason_first(
