@@ -3,7 +3,8 @@
 # make test-slow    run the slow ones, too
 # make test-gpu     run the tests that need a GPU
 # make test-newest  run those that touch Megatron with its newest supported version, in .venv-newest
-# make lint         check style and types, and the Dockerfile
+# make test-slurm   run jobs on a SLURM cluster of this machine's own (as root: installs SLURM by apt-get)
+# make lint         check style and types, the Dockerfile and the shell scripts
 #
 # Each target first creates .venv and installs into it, unless that is done. Options:
 #   PYTHON=python3.12   the interpreter to build .venv with
@@ -17,7 +18,7 @@ RUN := $(VENV)/bin/python
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu test-newest run-newest lint install
+.PHONY: demo test test-slow test-gpu test-newest run-newest test-slurm lint install
 
 demo: install
 	$(RUN) launch/demo.py
@@ -56,11 +57,15 @@ run-newest: install
 	$(RUN) -c '$(CHECK_NEWEST)'
 	$(RUN) -m pytest -m "not slow and not gpu and not multi_gpu" $(NEWEST_TESTS)
 
+test-slurm: install
+	$(RUN) -m pytest -m slurm -rs tests
+
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/shellcheck --external-sources .ci/run launch/*.sh launch/*.sbatch
 
 install: $(VENV)/.installed
 

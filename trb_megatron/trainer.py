@@ -189,10 +189,12 @@ class Trainer:
                 if self.step % config.checkpoint.every == 0 or is_last or stop_reason:
                     self._save()
                 if stop_reason:
-                    log.write(
+                    message = (
                         f"stopped by {stop_reason} after step {self.step} of "
                         f"{config.training.steps}; start the same command again to go on"
                     )
+                    log.write(message)
+                    stop_requests.confirm(message)
                     return
         if config.checkpoint.export_hf:
             target = self.run_dir / "hf"
