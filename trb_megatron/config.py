@@ -6,7 +6,6 @@ Relative paths are relative to the current directory.
 """
 
 import difflib
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
+from trb_megatron.atomic_folder import write_file
 
 MATH_SYSTEM_PROMPT = (
     "Please reason step by step, and put your final answer within \\boxed{}."  # arXiv 2605.31159
@@ -454,11 +455,8 @@ def save_config(config: Config, path: str | Path) -> None:
 
     The file is complete or absent: it is written beside its place and renamed.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.partial")
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_file(Path(path), text)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
