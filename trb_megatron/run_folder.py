@@ -54,9 +54,9 @@ def written_together(what: Path, run_dir: Path) -> Iterator[SharedFailure]:
 
     def describe(reason: str) -> RunFolderError:
         checkpoints = find_checkpoints(run_dir)
-        last = (
-            f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint yet"
-        )
+        last = "there is no checkpoint"
+        if checkpoints:
+            last = f"the last good checkpoint is {checkpoints[-1]}"
         return RunFolderError(f"{what}: could not be written ({reason}); {last}")
 
     failure.raise_together(describe)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 T = TypeVar("T")
 
@@ -23,14 +24,15 @@ class SharedFailure:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.error: Exception | None = None
+        self.error: Exception | CheckpointException | None = None
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Keep the first exception of the blocks under it for `raise_together`."""
         try:
             yield
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        # Whatever it is, the other ranks must not wait for this one; torch's is no Exception.
+        except (Exception, CheckpointException) as error:
             self.error = self.error or error
 
     def raise_together(self, describe: Callable[[str], Exception]) -> None:
@@ -60,7 +62,7 @@ class SharedFailure:
         if isinstance(error, OSError) and error.strerror:
             file = "" if error.filename is None else f"{error.filename}: "
             return True, file + error.strerror
-        return False, f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return False, f"{type(error).__name__}: {error}".strip().splitlines()[-1]
 
 
 def from_rank_zero(compute: Callable[[], T]) -> T:

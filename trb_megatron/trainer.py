@@ -180,12 +180,7 @@ class Trainer:
                 if self.step % config.checkpoint.every == 0 or is_last:
                     self._save()
         if config.checkpoint.export_hf:
-            target = self.run_dir / "hf"
-            with written_together(target, self.run_dir):
-                save_hf_checkpoint(
-                    self.models.student, self.models.student_config, self.layout, target
-                )
-            say(f"exported the student to {target}")
+            self._export()
 
     def train_step(self) -> dict[str, float]:
         """Do one step and return its metrics; stages as in the module docstring."""
@@ -484,6 +479,12 @@ class Trainer:
             self.config.checkpoint.keep,
         )
         self.timer.finish_step()
+
+    def _export(self) -> None:
+        target = self.run_dir / "hf"
+        with written_together(target, self.run_dir):
+            save_hf_checkpoint(self.models.student, self.models.student_config, self.layout, target)
+        say(f"exported the student to {target}")
 
     def _resume(self) -> None:
         found = find_good_checkpoint(self.run_dir, say)
