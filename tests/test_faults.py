@@ -1,9 +1,11 @@
 """Disks that fill up, become read-only or vanish, and folders with two jobs: one clear error."""
 
-import multiprocessing
 import os
 import shutil
+import signal
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import run_distributed
+from tests.distributed import get_context, run_distributed
 from tests.faults import WORLD_SIZE, Job
 from tests.layouts import write_inputs
 from tests.runs import make_trainer
@@ -121,7 +123,9 @@ def test_read_only_folder_is_named(config_file: Path, disk: Path) -> None:
     _check_broken_folder(config_file, disk / "run", "read-only", "Read-only file system")
 
 
-def _limit_disk(disk: Path, *, free_files: int | None = None, free_pages: int | None = None) -> None:
+def _limit_disk(
+    disk: Path, *, free_files: int | None = None, free_pages: int | None = None
+) -> None:
     """Let so many files, or pages of 4 KB, more fit on the disk."""
     state = os.statvfs(disk)
     options = "remount,size=16m,nr_inodes=100000"
@@ -207,3 +211,113 @@ def test_records_on_a_full_disk_end_all_ranks(config_file: Path, disk: Path) -> 
         for message in messages:
             assert "metrics.jsonl: could not be written (rank 0: " in message
             assert "No space left on device" in message
+
+
+def test_job_ends_when_its_folder_vanishes(config_file: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with Job(config_file, (*OPTIONS, f"run.dir={run_dir}"), tmp_path / "job") as job:
+        job.wait_until(lambda: job.mark(0) == ("rollout", 1))
+        shutil.rmtree(run_dir)
+        statuses = job.wait()
+    assert len(statuses) == WORLD_SIZE and all(statuses), job.output()
+    for rank in range(WORLD_SIZE):
+        last_line = (tmp_path / "job" / f"rank_{rank}.log").read_text().splitlines()[-1]
+        assert f"RunFolderError: {run_dir}/" in last_line
+        assert "could not be written (rank 0: " in last_line
+    assert not run_dir.exists()
+
+
+# The lock
+
+
+def _hold_lock(run_dir: Path, ready: Any, leave_child: bool) -> None:
+    """Hold the lock, in this process or only in a child that it leaves behind."""
+    from trb_megatron.run_folder import lock_run_folder
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    lock = lock_run_folder(run_dir, say=print)
+    if leave_child:
+        child = os.fork()
+        if child:
+            ready.send(child)
+            return
+    else:
+        ready.send(os.getpid())
+    time.sleep(100)
+    lock.close()
+
+
+@pytest.mark.parametrize("leave_child", [False, True], ids=["a job", "what a job left behind"])
+def test_folder_of_another_job_is_refused_until_that_is_dead(
+    tmp_path: Path, leave_child: bool
+) -> None:
+    run_dir = tmp_path / "run"
+    context = get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_hold_lock, args=(run_dir, theirs, leave_child))
+    process.start()
+    holder = ours.recv()
+    try:
+        message, said = _lock(run_dir, 0.5)
+        host, pid = socket.gethostname(), process.pid
+        assert f"run.dir={run_dir}: in use by process {pid} on {host} since 20" in message
+        assert said == [
+            f"{run_dir}/lock: held by {message.split(' by ')[1].split(';')[0]}; "
+            "waiting up to 0 s for it to end"
+        ]
+        killer = threading.Timer(1.0, os.kill, (holder, signal.SIGKILL))
+        killer.start()
+        assert _lock(run_dir, 60)[0] is None
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(holder, signal.SIGKILL)
+        process.join()
+
+
+def _lock(run_dir: Path, patience_s: float) -> tuple[str | None, list[str]]:
+    """How a job of two ranks fares with the lock, whose processes then end, and what it says."""
+    arguments = (run_dir, patience_s)
+    (first, said), (second, _) = run_distributed(
+        _try_lock, 2, *arguments, start_method="forkserver"
+    )
+    assert first == second
+    return first, said
+
+
+def _try_lock(run_dir: Path, patience_s: float) -> tuple[str | None, list[str]]:
+    from trb_megatron.run_folder import lock_run_folder
+
+    said: list[str] = []
+    try:
+        lock_run_folder(run_dir, say=said.append, patience_s=patience_s)
+    except ValueError as error:
+        return str(error), said
+    return None, said
+
+
+def _lock_while_rank_one_lives(run_dir: Path) -> bool | None:
+    """Whether another job may lock the folder once rank 0 has let go; asked on rank 0."""
+    import fcntl
+
+    from trb_megatron.run_folder import lock_run_folder
+
+    lock = lock_run_folder(run_dir, say=print)
+    is_free = None
+    if dist.get_rank() == 0:
+        lock.close()
+        with (run_dir / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_free = True
+            except BlockingIOError:
+                is_free = False
+    dist.barrier()
+    lock.close()
+    return is_free
+
+
+def test_folder_is_locked_while_any_rank_lives(tmp_path: Path) -> None:
+    results = run_distributed(
+        _lock_while_rank_one_lives, 2, tmp_path / "run", start_method="forkserver"
+    )
+    assert results == [False, None]

@@ -101,14 +101,11 @@ def _kill_one_run(config_file: Path, undisturbed: Undisturbed, number: int, name
 def _kill_runs(config_file: Path, undisturbed: Undisturbed, num_runs: int) -> Counter[str]:
     """How many runs died in each phase."""
     return Counter(
-        _kill_one_run(config_file, undisturbed, i, f"run{i}of{num_runs}")
-        for i in range(num_runs)
+        _kill_one_run(config_file, undisturbed, i, f"run{i}of{num_runs}") for i in range(num_runs)
     )
 
 
-def test_killed_runs_end_like_undisturbed_ones(
-    config_file: Path, undisturbed: Undisturbed
-) -> None:
+def test_killed_runs_end_like_undisturbed_ones(config_file: Path, undisturbed: Undisturbed) -> None:
     _kill_runs(config_file, undisturbed, 3)
 
 

@@ -35,6 +35,7 @@ def write_sums(folder: Path) -> None:
         OSError: a file cannot be read (on all ranks), or SHA256SUMS not be written (on rank 0).
     """
     sizes = from_rank_zero(lambda: _file_sizes(folder))
+    sizes.pop(SUMS_FILE, None)  # of an earlier time
     sums, unreadable = _hash_together(folder, sizes)
     for name, reason in unreadable.items():
         raise OSError(f"{folder / name}: {reason}")
