@@ -57,9 +57,13 @@ def _wait_for_moment(
     }.get(phase, moment.randrange(STEPS))
     job.wait_until(lambda: job.mark(rank) == (phase, step))
     if phase in ("save", "export"):  # measured by what is there, since it takes how long it likes
-        name = f"checkpoints/step_{step}" if phase == "save" else "hf"
+        name, last = (
+            ("hf", "hf")
+            if phase == "export"
+            else (f"checkpoints/step_{step}", f"checkpoints/step_{STEPS}")
+        )
         target, partial = run_dir / name, run_dir / f"{name}.partial"
-        num_files = moment.randint(0, len(os.listdir(expected.run_dir / name)) + 1)
+        num_files = moment.randint(0, len(os.listdir(expected.run_dir / last)) + 1)
         job.wait_until(
             lambda: target.exists() or (partial.exists() and len(os.listdir(partial)) >= num_files)
         )
