@@ -166,9 +166,7 @@ def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
         logits["trained"] = _probe_logits(trainer.models.student, trainer)
         from trb_megatron.hf_weights import save_hf_checkpoint
 
-        save_hf_checkpoint(
-            trainer.models.student, trainer.models.student_config, parallel, export / "hf"
-        )
+        save_hf_checkpoint(trainer.models.student, trainer.pair.student, parallel, export / "hf")
     return ProbeResult(logits, rollouts, metrics, preemptions, teacher_calls, export / "hf")
 
 
@@ -215,16 +213,16 @@ def _probe_rollouts(trainer: Any, policy_name: str) -> list[dict[str, Any]]:
     )
     from trb_megatron.scheduler import Request
 
-    layout, models = trainer.layout, trainer.models
+    layout = trainer.layout
     sampling = Sampling(
         temperature=0.0 if policy_name == "greedy" else 1.0,
         max_response_tokens=12,
-        stop_ids=models.student_stop_ids,
+        stop_ids=trainer.pair.stop_ids,
         seed=7,
         step=0,
-        num_valid=models.tokenizer_size,
+        num_valid=trainer.pair.tokenizer_size,
     )
-    alignment, group = models.alignment, layout.tp_group
+    alignment, group = trainer.pair.alignment, layout.tp_group
     policy: Any = {
         "student": StudentPolicy(sampling, group, alignment),
         "blend": BlendPolicy(sampling, 0.05, alignment, group),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import run_distributed
+from trb_megatron.hf_config import read_hf_config
 
 TIMINGS = ("time/", "perf/")
 
@@ -29,7 +30,7 @@ def load_frozen(folder: Path, layout: Any) -> Any:
     import torch
 
     from trb_megatron.hf_weights import load_hf_weights
-    from trb_megatron.models import build_model, read_hf_config
+    from trb_megatron.models import build_model
 
     config = read_hf_config(folder)
     model = build_model(config, layout, vocab_size=128, dtype=torch.float32)

@@ -180,6 +180,7 @@ def test_disk_that_is_full_at_any_file_or_page_ends_all_ranks(
 
 def _fill_records(config_file: Path, disk: Path) -> list[str | None]:
     """What a record says when metrics.jsonl, or the file of TensorBoard, does not fit."""
+    from trb_megatron.run_folder import RunFolderError
     from trb_megatron.trainer import RunLog
 
     run_dir = disk / "run"
@@ -187,7 +188,7 @@ def _fill_records(config_file: Path, disk: Path) -> list[str | None]:
     metrics = trainer.train_step()
     messages = []
     for pattern in ("metrics.jsonl", "tensorboard/*"):
-        with pytest.raises(OSError) as caught, RunLog(trainer.config, 0) as log:
+        with pytest.raises(RunFolderError) as caught, RunLog(trainer.config, 0) as log:
             log.record(1, metrics)
             _on_rank_zero(lambda name=pattern: [_fill_page(file) for file in run_dir.glob(name)])
             _on_rank_zero(lambda: _limit_disk(disk, free_pages=0))

@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from trb_megatron.atomic_folder import PARTIAL_SUFFIX, finish_folder, start_folder
 from trb_megatron.checksums import find_damage, write_sums
+from trb_megatron.hf_config import HFModelConfig
 from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import carry_hf_files
-from trb_megatron.models import HFModelConfig
 from trb_megatron.optimizer import load_optimizer_state
 from trb_megatron.run_folder import RunFolderError, find_checkpoints, written_together
 from trb_megatron.shared_failure import SharedFailure, from_rank_zero
@@ -53,12 +53,16 @@ class TrainingState:
     Attributes:
         step: updates done; also the next step's number, counted from 0.
         prompt_position: prompts consumed from the endless prompt order.
+        num_skipped: steps without an update, because of a NaN or infinity.
+        evaluation_is_due: the run was stopped before the evaluation that belongs to this step.
         data_fingerprint: of the prompt set that the position refers to.
         config: the resolved configuration as plain data.
     """
 
     step: int
     prompt_position: int
+    num_skipped: int
+    evaluation_is_due: bool
     data_fingerprint: str
     config: dict[str, Any]
 

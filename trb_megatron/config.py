@@ -5,6 +5,7 @@ before anything else starts, and `save_config` writes the resolved result into t
 Relative paths are relative to the current directory.
 """
 
+import argparse
 import difflib
 import re
 import subprocess
@@ -142,6 +143,13 @@ class TrainingConfig(Section):
     # where the teacher's hidden states wait for the loss: host (pinned memory) makes room on a GPU
     teacher_hidden_device: Literal["device", "host"] = "device"
     recompute_activations: Flag = False
+    # steps with a NaN or infinity whose update is skipped before the run stops; 0: it stops at once
+    max_nonfinite_steps: CountFromZero = 0
+
+
+AUTO_PAGE_TOKENS = 64
+AUTO_CACHE_SHARE = 0.8
+"""Of a GPU's free memory."""
 
 
 class RolloutConfig(Section):
@@ -160,7 +168,7 @@ class RolloutConfig(Section):
     max_sequences: Count = 256  # cache slots of one data-parallel rank
     # tokens of one page of the key/value cache; auto: 64, or the 256 that flash-attention 2 needs
     page_tokens: Literal["auto"] | Count = "auto"
-    # memory of the key/value caches on each rank; null: on a GPU most of what is free, on a CPU
+    # memory of the key/value caches on each rank; null: on a GPU 80 % of what is free, on a CPU
     # as much as all slots can ever need
     cache_gb: Positive | None = None
     max_prefill_tokens: Count = 16384  # prompt tokens of one forward pass
@@ -436,6 +444,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse_config(values, source=f"{path} and overrides" if overrides else str(path))
 
 
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """A command's arguments: `config` and `overrides`, as `load_config` takes them.
+
+    Options may stand anywhere between them: parse with `parse_intermixed_args`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="options of the configuration to replace, in YAML syntax",
+    )
+    return parser
+
+
 def parse_config(values: dict[str, Any], source: str = "configuration") -> Config:
     """Check nested plain values and build the configuration; `source` names them in errors.
 
@@ -554,6 +580,7 @@ _MAY_CHANGE = (
     "training.steps",
     "training.max_tokens_per_microbatch",
     "training.teacher_hidden_device",
+    "training.max_nonfinite_steps",
     "rollout.max_sequences",
     "rollout.page_tokens",
     "rollout.cache_gb",

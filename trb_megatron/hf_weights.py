@@ -23,7 +23,8 @@ from trb_megatron.hf_checkpoint import (
     shard_name,
     write_index,
 )
-from trb_megatron.models import HFModelConfig, HiddenStateGPTModel
+from trb_megatron.hf_config import HFModelConfig
+from trb_megatron.models import HiddenStateGPTModel
 from trb_megatron.param_mapping import MappedParam, TensorSlice, map_params, stored_params
 from trb_megatron.shared_failure import SharedFailure
 

@@ -52,7 +52,7 @@ from trb_megatron.hf_checkpoint import (
     read_json,
     refuse_partial,
 )
-from trb_megatron.models import read_hf_config
+from trb_megatron.hf_config import read_hf_config
 from trb_megatron.param_mapping import Chunk, MappedParam, Shape, stored_params
 
 HF_FOLDER = "hf"

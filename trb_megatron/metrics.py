@@ -50,6 +50,17 @@ class MetricsLogger:
         with self._path.open("r+", encoding="utf-8") as file:
             file.seek(0, os.SEEK_END)
             file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+        self._show(step, finite)
+
+    def add(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Write metrics of a step that came later than the rest of its row."""
+        finite = {name: _finite_or_none(value) for name, value in values.items()}
+        rows = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        row = rows.pop() if rows and rows[-1]["step"] == step else {"step": step}
+        write_file(self._path, "".join(json.dumps(r) + "\n" for r in (*rows, row | finite)))
+        self._show(step, finite)
+
+    def _show(self, step: int, finite: Mapping[str, float | int | None]) -> None:
         shown = {name: value for name, value in finite.items() if value is not None}
         if self._has_tensorboard:
             for name, value in shown.items():

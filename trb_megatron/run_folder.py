@@ -18,13 +18,14 @@ import torch.distributed as dist
 
 from trb_megatron.config import ConfigError
 from trb_megatron.shared_failure import SharedFailure, from_rank_zero
+from trb_megatron.supervision import RunError
 
 LOCK_FILE = "lock"
 _PATIENCE_S = 60.0  # for a job that is being killed to be gone
 _POLL_S = 0.2
 
 
-class RunFolderError(OSError):
+class RunFolderError(RunError):
     """Something that could not be written into the folder of a run; the message names it."""
 
 
