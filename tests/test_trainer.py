@@ -286,7 +286,12 @@ def test_impossible_runs_are_refused_before_anything_is_written(config_file: Pat
         (f"teacher.path={other}",): r"different tokenizers: id 3 is '0'.* and '\?'",
         (f"student.path={truncated}",): r"truncated/model\.safetensors: truncated or corrupt",
         (f"student.path={unending}",): r"no eos_token_id in .*unending",
-        (f"data.path={broken}",): r"broken\.jsonl:2",
+        # Data are read before weights, which take longer.
+        (f"data.path={broken}", f"student.path={truncated}"): r"broken\.jsonl:2",
+        (
+            f"evaluation.sets={{math: {{path: {broken}}}}}",
+            f"student.path={truncated}",
+        ): r"broken\.jsonl:2",
         ("teacher.path=/nowhere",): r"/nowhere: no such model folder",
         ("loss.top_k=54",): r"loss\.top_k=54 exceeds the vocabulary of 53 ids, stop ids merged",
         (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,11 +31,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from trb_megatron.atomic_folder import PARTIAL_SUFFIX, finish_folder, start_folder
 from trb_megatron.checksums import find_damage, write_sums
+from trb_megatron.hf_checkpoint import CheckpointError
 from trb_megatron.hf_config import HFModelConfig
 from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import carry_hf_files
 from trb_megatron.optimizer import load_optimizer_state
 from trb_megatron.run_folder import RunFolderError, find_checkpoints, written_together
+from trb_megatron.safe_loading import check_scaling_states, no_code_from
 from trb_megatron.shared_failure import SharedFailure, from_rank_zero
 
 STATE_FILE = "training_state.json"
@@ -286,8 +289,14 @@ def load_checkpoint(
 
 def _load(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(sharded_state, str(checkpoint))
-    except (CheckpointingException, CheckpointException, OSError) as error:
+        with no_code_from(checkpoint):
+            state = dist_checkpointing.load(sharded_state, str(checkpoint))
+            check_scaling_states(state["model"])
+            return state
+    except (
+        *(CheckpointError, CheckpointingException, CheckpointException, OSError),
+        pickle.UnpicklingError,
+    ) as error:
         hint = ""
         if not (checkpoint / "common.pt").is_file():
             # megatron-core 0.19 stopped writing this file, which 0.16 needs.

@@ -129,7 +129,8 @@ class RankMemory:
             return min(self.cache_all, int(cache_gb * GB))
         if memory is None:
             return self.cache_all
-        return min(self.cache_all, int(AUTO_CACHE_SHARE * (memory - RESERVED_BYTES - self.held)))
+        free = memory - RESERVED_BYTES - self.held
+        return min(self.cache_all, int(AUTO_CACHE_SHARE * free), free - self.rollouts)
 
 
 @dataclass(frozen=True)
@@ -519,7 +520,7 @@ def _check_rollouts(plan: Plan, config: Config, memory: int) -> None:
                 f"{_available(room, memory)}, but beside {need.held / GB:.1f} GB of weights and "
                 f"optimizer and {need.rollouts / GB:.1f} GB for the rest of the rollouts there is "
                 f"no room for a key/value cache of {cache / GB:.1f} GB on stage {stage}; set "
-                f"rollout.cache_gb={left[stage] / GB:.1f} or less"
+                f"rollout.cache_gb={left[stage] * 10 // GB / 10} or less"
             )
 
 

@@ -66,6 +66,8 @@ class RolloutEngine:
             policy needs it.
         config: slots, pages and memory of the cache, tokens of one prefill pass, and draft length.
         hidden_to_host: whether kept hidden states of the teacher leave the GPU at once.
+        other_bytes: memory of a GPU that a cache without a configured size leaves to the rest of
+            the rollouts.
     """
 
     def __init__(
@@ -75,12 +77,14 @@ class RolloutEngine:
         layout: ParallelLayout,
         config: RolloutConfig,
         hidden_to_host: bool = False,
+        other_bytes: int = 0,
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.layout = layout
         self.config = config
         self.hidden_to_host = hidden_to_host
+        self.other_bytes = other_bytes
         self.page_tokens = _page_tokens(config, self._flash_attention)
         self.draft_costs: DraftCosts | None = None
         """What `draft_tokens: auto` decides by; measured by `measure_draft_costs`."""
@@ -188,7 +192,8 @@ class RolloutEngine:
         if self.config.cache_gb is not None:
             fitting = min(fitting, int(self.config.cache_gb * 1e9 / page_bytes) - 1)
         elif self.layout.device.type == "cuda":
-            free_bytes = AUTO_CACHE_SHARE * _free_gpu_memory(self.layout.device)
+            free = _free_gpu_memory(self.layout.device)
+            free_bytes = min(AUTO_CACHE_SHARE * free, free - self.other_bytes)
             fitting = min(fitting, int(free_bytes / page_bytes) - 1)
         worst = torch.tensor([fitting, -page_bytes], device=self.layout.device)
         for group in (self.layout.tp_group, self.layout.pp_group):

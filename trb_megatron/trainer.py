@@ -149,6 +149,7 @@ class Trainer:
             layout,
             config.rollout,
             hidden_to_host=config.training.teacher_hidden_device == "host",
+            other_bytes=plan.memory[layout.pp_rank].rollouts,
         )
         self.evaluator = Evaluator(config, self.pair, problem_sets, self.engine, rewards, layout)
         self.timer = PhaseTimer()
