@@ -23,6 +23,7 @@ from tests.distributed import run_distributed
 from tests.layouts import write_inputs
 from tests.runs import make_trainer
 from tests.tiny import make_checkpoint
+from trb_megatron.checksums import write_sums
 from trb_megatron.hf_checkpoint import INDEX_FILE as HF_INDEX_FILE
 from trb_megatron.hf_checkpoint import CheckpointError, HFTensors
 from trb_megatron.megatron_tensors import DTYPES_FILE, read_hf_dtypes
@@ -328,6 +329,7 @@ def test_conversion_tools_run_nothing_of_an_index(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _plant_in_index(tmp_path, tmp_path / "mark")
+    write_sums(tmp_path)
     with pytest.raises(SystemExit) as caught:
         inspect_checkpoint.main([str(tmp_path)])
     assert caught.value.code != 0

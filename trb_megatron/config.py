@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from trb_megatron.atomic_folder import write_file
 from trb_megatron.plain_yaml import BrokenYAML, dump_yaml, parse_yaml
 
 MATH_SYSTEM_PROMPT = (
@@ -498,10 +499,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
     The file is complete or absent: it is written beside its place and renamed.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
-    os.replace(beside, path)
+    write_file(Path(path), dump_yaml(config.model_dump(mode="json")))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

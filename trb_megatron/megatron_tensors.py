@@ -7,7 +7,8 @@ that wrote it, and an index of all chunks. It knows no layout: any layout can re
 be written, and reading maps the files, so that neither needs memory for a model.
 
 Besides the tensors, the folder carries what an export needs: the HF configuration, tokenizer, chat
-template and generation config in `hf/`, and the types of the HF tensors in `hf_dtypes.json`.
+template and generation config in `hf/`, the types of the HF tensors in `hf_dtypes.json`, and the
+sums of all files.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from trb_megatron.checksums import check_sums
 from trb_megatron.hf_checkpoint import (
     DTYPES,
     CheckpointError,
@@ -302,15 +304,20 @@ class MegatronTensors:
     Whatever layout wrote it, a training run or `write_checkpoint`; other tensors in it, those of an
     optimizer, are not looked at.
 
+    Args:
+        check: read all files against their sums first; collective over all ranks of a job.
+
     Raises:
         CheckpointError: not a Megatron checkpoint, an incomplete or a damaged one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, check: bool = True) -> None:
         self.path = path
         refuse_partial(path)
         if not (path / INDEX_FILE).is_file():
             raise CheckpointError(f"{path}: not a complete Megatron checkpoint (no {INDEX_FILE})")
+        if check:
+            check_sums(path)
         self._metadata = read_index(path)
         self._params: dict[str, MappedParam] = {}
         self._chunks: dict[tuple[str, Shape], list[_StoredChunk]] = {}
@@ -394,8 +401,13 @@ class MegatronTensors:
         return entry
 
 
-def open_megatron_checkpoint(path: Path) -> tuple[MegatronTensors, dict[str, MappedParam]]:
+def open_megatron_checkpoint(
+    path: Path, *, check: bool = True
+) -> tuple[MegatronTensors, dict[str, MappedParam]]:
     """Open a Megatron checkpoint and check that it holds the model that its HF files describe.
+
+    Args:
+        check: read all files against their sums first; collective over all ranks of a job.
 
     Returns:
         Its tensors, and its parameters by Megatron name.
@@ -403,7 +415,7 @@ def open_megatron_checkpoint(path: Path) -> tuple[MegatronTensors, dict[str, Map
     Raises:
         CheckpointError: not a Megatron checkpoint, an incomplete, damaged or contradictory one.
     """
-    tensors = MegatronTensors(path)
+    tensors = MegatronTensors(path, check=check)
     config = read_hf_config(path / HF_FOLDER)
     params = stored_params(config.family, config.shape(tensors.padded_vocab_size))
     tensors.map(params.values())
