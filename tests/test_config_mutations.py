@@ -672,7 +672,7 @@ MUTANTS = list(Generator(SEED).draw())
 def model_configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The configuration of each of `MODELS`, without weights."""
     from tests.families import FAMILIES, SIZES
-    from trb_megatron.models import read_hf_config
+    from trb_megatron.hf_config import read_hf_config
 
     folder = tmp_path_factory.mktemp("models")
     for name, sizes in MODELS.items():
@@ -779,7 +779,7 @@ def load_for_a_job(mutant: Mutant, folder: Path, model_configs: Mapping[str, Any
     """What is checked before any weight is read."""
     config = load_config(write(mutant, folder), list(mutant.overrides))
     if model_configs is not None and mutant.model:
-        from trb_megatron.models import check_layout
+        from trb_megatron.hf_config import check_layout
 
         parallel = config.parallel
         check_world_size(parallel, mutant.world_size)
