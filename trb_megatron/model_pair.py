@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trb_megatron.config import Config
+from trb_megatron import fp8
+from trb_megatron.config import Config, FP8Recipe
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.hf_weights import load_hf_weights
 from trb_megatron.models import (
@@ -17,13 +18,15 @@ from trb_megatron.models import (
     HiddenStateGPTModel,
     build_model,
     check_layout,
+    fp8_platform,
     padded_vocab_size,
     read_hf_config,
 )
 from trb_megatron.stop_alignment import StopAlignment
 from trb_megatron.tokenizer import check_same_tokenizer, load_tokenizer, stop_ids, tokenizer_size
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of parameters and activations."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class ModelPair:
 
         Raises:
             ValueError: a checkpoint that cannot be used, tokenizers that differ, a layout that does
-                not fit a model, ids beyond a vocabulary, sequences beyond a model's positions.
+                not fit a model, ids beyond a vocabulary, FP8 where it cannot run.
         """
         student_path = config.student.path
         teacher_path = config.teacher.path if with_teacher and config.teacher else None
@@ -74,8 +77,14 @@ class ModelPair:
             check_same_tokenizer(tokenizer, load_tokenizer(teacher_path))
             teacher_config = read_hf_config(teacher_path)
         configs = [c for c in (student_config, teacher_config) if c is not None]
+        recipe: FP8Recipe | None = None
+        if config.training.precision == "fp8":
+            recipe = config.training.fp8_recipe
+            fp8.check_platform(recipe, fp8_platform(layout.device))
         for hf_config in configs:
             check_layout(hf_config, layout.tp_size, layout.pp_size)
+            if recipe is not None:
+                fp8.check_sizes(hf_config, layout.tp_size)
             if size > hf_config.vocab_size:
                 raise ValueError(
                     f"{hf_config.path}: the tokenizer has ids up to {size - 1}, "
@@ -94,7 +103,9 @@ class ModelPair:
                 f"{list(alignment.teacher_ids)}, merged into {alignment.stop_id}"
             )
 
-        def load(name: str, hf_config: HFModelConfig) -> HiddenStateGPTModel:
+        def load(
+            name: str, hf_config: HFModelConfig, fp8_recipe: FP8Recipe | None
+        ) -> HiddenStateGPTModel:
             say(f"{name}: loading {hf_config.path}")
             model = build_model(
                 hf_config,
@@ -103,14 +114,16 @@ class ModelPair:
                 dtype=DTYPES[config.training.precision],
                 sequence_parallel=config.parallel.sequence_parallel,
                 recompute_activations=name == "student" and config.training.recompute_activations,
+                fp8_recipe=fp8_recipe,
             )
             load_hf_weights(model, hf_config, layout)
             return model
 
-        student = load("student", student_config)
+        student = load("student", student_config, recipe)
         teacher = None
         if teacher_config is not None:
-            teacher = load("teacher", teacher_config).eval().requires_grad_(False)
+            recipe = None if recipe is None else fp8.frozen_recipe(recipe)
+            teacher = load("teacher", teacher_config, recipe).eval().requires_grad_(False)
         return cls(
             student=student,
             teacher=teacher,

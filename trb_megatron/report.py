@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import torch.distributed as dist
 
+from trb_megatron.config import Config
 from trb_megatron.distributed import ParallelLayout
+from trb_megatron.fp8 import frozen_recipe
 from trb_megatron.models import flash_attention_version
 
 
@@ -37,6 +39,25 @@ def describe_environment(layout: ParallelLayout, dtype: torch.dtype) -> list[str
         ", ".join(f"{name} {found}" for name, found in versions.items()),
         f"{dist.get_world_size()} ranks on {device}: TP {layout.tp_size} x PP {layout.pp_size} x "
         f"DP {layout.dp_size}; rollout attention: {kernel} over pages",
+    ]
+
+
+def describe_precision(config: Config) -> list[str]:
+    """Lines on the number format that each part of a run computes in."""
+    training = config.training
+    dtype = "fp32" if training.precision == "fp32" else "bf16"
+    student = teacher = rollouts = dtype
+    if training.precision == "fp8":
+        recipe, frozen = training.fp8_recipe, frozen_recipe(training.fp8_recipe)
+        student, teacher = f"fp8 ({recipe})", f"fp8 ({frozen})"
+        rollouts = dtype if recipe == "delayed" else student
+    products = [f"student {student}", f"the student's rollouts and evaluation {rollouts}"]
+    if training.task == "distill":
+        products.insert(1, f"teacher {teacher}")
+    return [
+        f"matrix products of the layers: {', '.join(products)}",
+        f"{dtype}: weights, attention, norms, embeddings, vocabulary projection, key/value cache",
+        "fp32: master weights, gradient sums, optimizer state, solver, losses, sampling",
     ]
 
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import torch
@@ -45,7 +44,7 @@ from trb_megatron.drafting import (
 )
 from trb_megatron.forward import CachedModel, copy_to_host
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
-from trb_megatron.models import HiddenStateGPTModel, flash_attention_version, token_multiple
+from trb_megatron.models import HiddenStateGPTModel, flash_attention_version
 from trb_megatron.pipeline import Announcement, take_turns
 from trb_megatron.policies import Policy, Sampling, Uniforms
 from trb_megatron.scheduler import Admission, Request, Scheduler, SequenceState, SlotGroup
@@ -114,7 +113,7 @@ class RolloutEngine:
         if not requests:
             return []
         run = _Run(self, requests, policy, sampling)
-        with self._student_in_inference():
+        with self.student.in_inference():
             take_turns([run.serve(group) for group in run.scheduler.groups])
         self.num_preemptions += run.scheduler.num_preemptions
         return run.collect()
@@ -129,15 +128,6 @@ class RolloutEngine:
         """
         self._num_pages(num_tokens, 1, with_teacher, what)
 
-    @contextmanager
-    def _student_in_inference(self) -> Iterator[None]:
-        was_training = self.student.training
-        self.student.eval()
-        try:
-            yield
-        finally:
-            self.student.train(was_training)
-
     def measure_draft_costs(self, policy: Policy, sampling: Sampling) -> DraftCosts:
         """Time rounds of few and many sequences, with and without drafts, on made-up prompts.
 
@@ -145,7 +135,7 @@ class RolloutEngine:
         """
         endless = replace(sampling, stop_ids=(), max_response_tokens=4 * MAX_POSITIONS)
         seconds = {}
-        with self._student_in_inference():
+        with self.student.in_inference():
             for num_sequences in sorted({1, self.config.max_sequences}):
                 requests = [Request(i, 0, (0, 0)) for i in range(num_sequences)]
                 for num_positions in (1, 9):
@@ -328,7 +318,7 @@ class _Run:
 
     @property
     def _token_multiple(self) -> int:
-        return token_multiple(self.engine.student.config)
+        return self.engine.student.token_multiple
 
     # ------------------------------------------------------------------ rounds
 

@@ -60,7 +60,6 @@ from trb_megatron.hf_weights import save_hf_checkpoint
 from trb_megatron.loss import LossOptions
 from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
-from trb_megatron.models import token_multiple
 from trb_megatron.optimizer import (
     build_optimizer,
     learning_rate_at,
@@ -76,7 +75,7 @@ from trb_megatron.policies import (
     TeacherPolicy,
 )
 from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
-from trb_megatron.report import describe_environment
+from trb_megatron.report import describe_environment, describe_precision
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
 from trb_megatron.scheduler import Request
@@ -105,6 +104,8 @@ class Trainer:
         self.run_dir = config.run.dir
         self.is_distilling = config.training.task == "distill"
         for line in describe_environment(layout, DTYPES[config.training.precision]):
+            say(line)
+        for line in describe_precision(config):
             say(line)
         for warning in config_warnings(config):
             say(f"warning: {warning}")
@@ -191,7 +192,7 @@ class Trainer:
             self._balance(rollouts),
             self.config.training.max_tokens_per_microbatch,
             self.layout.device,
-            token_multiple(self.models.student.config),
+            self.models.student.token_multiple,
         )
         with self.timer.phase("teacher"):
             if not (self.config.rollout.keep_teacher_hidden and policy.needs_teacher):
