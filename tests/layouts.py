@@ -25,7 +25,7 @@ PROBE_RESPONSES = ((9, 4, 30, 0), (5,), (11, 12, 13, 14, 15, 16, 17), (3, 8, 0))
 class Layout:
     """How a probe runs; `overrides` change the configuration besides.
 
-    `token_multiple`: what the tokens of every pass are filled up to, as for FP8.
+    `token_multiple`: of the teacher, and so of all that both models read, as for FP8.
     """
 
     tp: int = 1
@@ -155,8 +155,7 @@ def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
     with start_reward_workers(config.rewards, parallel) as rewards:
         trainer = Trainer(config, parallel, rewards)
         if layout.token_multiple is not None:
-            for model in (trainer.models.student, trainer.models.teacher):
-                model.token_multiple = layout.token_multiple
+            trainer.models.teacher.token_multiple = layout.token_multiple
         logits = {
             "student": _probe_logits(trainer.models.student, trainer),
             "teacher": _probe_logits(trainer.models.teacher, trainer),

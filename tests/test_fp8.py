@@ -179,9 +179,9 @@ def _tokens(folder: Path, layout: Any, token_multiple: int | None = None) -> dic
 
     models = [load_frozen(folder / name, layout) for name in ("student", "teacher")]
     counts: list[int] = []
+    if token_multiple is not None:
+        models[1].token_multiple = token_multiple
     for model in models:
-        if token_multiple is not None:
-            model.token_multiple = token_multiple
         model.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
     sampling = Sampling(1.0, 12, (0,), seed=3, step=0, num_valid=TOKENIZER_SIZE)
     policy = BlendPolicy(sampling, 0.05, StopAlignment((0,), (0,)), layout.tp_group)

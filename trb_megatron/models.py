@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -400,6 +400,13 @@ class HiddenStateGPTModel(GPTModel):
         """Ranks that the tokens between the layers are cut over, for sequence parallelism."""
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
+    @property
+    def fp8_copy_bytes(self) -> int:
+        """Memory of the FP8 copies of the layers' weights, which the first pass makes."""
+        if self.config.fp8 is None:
+            return 0
+        return sum(param.numel() for param in self.decoder.parameters() if param.dim() > 1)
+
     @contextmanager
     def in_inference(self) -> Iterator[None]:
         """Evaluation mode, with the weights as they are now; for passes with a cache.
@@ -470,6 +477,11 @@ class HiddenStateGPTModel(GPTModel):
             sequence_parallel=False,
             tp_group=self.pg_collection.tp,
         )
+
+
+def common_token_multiple(models: Iterable[HiddenStateGPTModel | None]) -> int:
+    """What the number of tokens of passes must be a multiple of that all these models make."""
+    return math.lcm(*(model.token_multiple for model in models if model is not None))
 
 
 def fp8_platform(device: torch.device) -> fp8.Platform:

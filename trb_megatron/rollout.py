@@ -44,7 +44,11 @@ from trb_megatron.drafting import (
 )
 from trb_megatron.forward import CachedModel, copy_to_host
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
-from trb_megatron.models import HiddenStateGPTModel, flash_attention_version
+from trb_megatron.models import (
+    HiddenStateGPTModel,
+    common_token_multiple,
+    flash_attention_version,
+)
 from trb_megatron.pipeline import Announcement, take_turns
 from trb_megatron.policies import Policy, Sampling, Uniforms
 from trb_megatron.scheduler import Admission, Request, Scheduler, SequenceState, SlotGroup
@@ -166,16 +170,20 @@ class RolloutEngine:
     def _num_pages(self, num_tokens: int, num_slots: int, with_teacher: bool, what: str) -> int:
         """Pages of the pool, the same on all ranks of the replica: what is needed, or what fits."""
         per_sequence = -(-(num_tokens + MAX_POSITIONS) // self.page_tokens)
+        models = [self.student]
+        if with_teacher and self.teacher is not None:
+            models.append(self.teacher)
         page_bytes = self.page_tokens * sum(
             PagedKVCache.bytes_per_token(model.config, len(model.decoder.layers))
-            for model in (self.student, self.teacher if with_teacher else None)
-            if model is not None
+            for model in models
         )
         fitting = num_slots * per_sequence
         if self.config.cache_gb is not None:
             fitting = min(fitting, int(self.config.cache_gb * 1e9 / page_bytes) - 1)
         elif self.layout.device.type == "cuda":
-            free_bytes = _FREE_MEMORY_SHARE * _free_gpu_memory(self.layout.device)
+            # The first passes make these copies, when the cache is there already.
+            promised = sum(model.fp8_copy_bytes for model in models)
+            free_bytes = _FREE_MEMORY_SHARE * (_free_gpu_memory(self.layout.device) - promised)
             fitting = min(fitting, int(free_bytes / page_bytes) - 1)
         worst = torch.tensor([fitting, -page_bytes], device=self.layout.device)
         for group in (self.layout.tp_group, self.layout.pp_group):
@@ -318,7 +326,7 @@ class _Run:
 
     @property
     def _token_multiple(self) -> int:
-        return self.engine.student.token_multiple
+        return common_token_multiple(cached.model for cached in self._models())
 
     # ------------------------------------------------------------------ rounds
 

@@ -60,6 +60,7 @@ from trb_megatron.hf_weights import save_hf_checkpoint
 from trb_megatron.loss import LossOptions
 from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
+from trb_megatron.models import common_token_multiple
 from trb_megatron.optimizer import (
     build_optimizer,
     learning_rate_at,
@@ -192,7 +193,7 @@ class Trainer:
             self._balance(rollouts),
             self.config.training.max_tokens_per_microbatch,
             self.layout.device,
-            self.models.student.token_multiple,
+            common_token_multiple((self.models.student, self.models.teacher)),
         )
         with self.timer.phase("teacher"):
             if not (self.config.rollout.keep_teacher_hidden and policy.needs_teacher):
