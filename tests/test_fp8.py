@@ -332,15 +332,32 @@ def test_a_run_goes_on_in_the_other_precision(tmp_path: Path) -> None:
 
 
 def _train_in_turns(config_file: Path) -> list[str]:
+    from trb_megatron.models import RMSNorm
+
+    def get_extra_state(self: Any) -> torch.Tensor:
+        """As every layer of Transformer Engine has one."""
+        return torch.zeros(1)
+
+    def set_extra_state(self: Any, state: Any) -> None:
+        raise AssertionError("an extra state was saved")
+
     said: list[str] = []
     with (
         mock.patch("trb_megatron.model_pair.fp8_platform", return_value=HOPPER),
         mock.patch("trb_megatron.trainer.say", said.append),
+        mock.patch.object(RMSNorm, "get_extra_state", get_extra_state),
+        mock.patch.object(RMSNorm, "set_extra_state", set_extra_state),
     ):
-        for steps, precision in ((1, "fp8"), (2, "bf16"), (3, "fp8")):
-            overrides = (f"training.steps={steps}", f"training.precision={precision}")
-            trainer = make_trainer(config_file, overrides)
+        for steps, *precision in (
+            (1, "training.precision=fp8", "training.fp8_recipe=delayed"),
+            (2, "training.precision=bf16"),
+            (3, "training.precision=fp8"),
+        ):
+            trainer = make_trainer(config_file, (f"training.steps={steps}", *precision))
             assert trainer.step == steps - 1
+            if steps != 2:
+                assert trainer.models.teacher.config.fp8_recipe == "tensorwise"
+                assert trainer.models.teacher.token_multiple == 16
             trainer.train()
     return said
 
