@@ -35,8 +35,8 @@ from trb_megatron.hf_checkpoint import (
     shard_name,
     write_index,
 )
+from trb_megatron.hf_config import read_hf_config
 from trb_megatron.hf_weights import expected_tensors
-from trb_megatron.models import read_hf_config
 from trb_megatron.param_mapping import stored_params
 
 ALLOWANCE_BYTES = 512 * 10**6

@@ -25,6 +25,7 @@ import torch
 from trb_megatron import distributed
 from trb_megatron.config import ParallelConfig, RolloutConfig
 from trb_megatron.distributed import ParallelLayout
+from trb_megatron.hf_config import read_hf_config
 from trb_megatron.stop_alignment import StopAlignment
 
 VOCAB_SIZE = 4096
@@ -83,7 +84,7 @@ def build_random_model(
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from trb_megatron.hf_weights import load_hf_weights
-    from trb_megatron.models import build_model, read_hf_config
+    from trb_megatron.models import build_model
 
     torch.manual_seed(seed)
     config = Qwen3Config(

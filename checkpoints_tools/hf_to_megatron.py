@@ -27,9 +27,9 @@ from checkpoints_tools.command import (
 )
 from trb_megatron.atomic_folder import new_folder
 from trb_megatron.hf_checkpoint import CheckpointError, HFTensors
+from trb_megatron.hf_config import check_layout, padded_vocab_size, read_hf_config
 from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import carry_hf_files, stored_dtypes, write_checkpoint
-from trb_megatron.models import check_layout, padded_vocab_size, read_hf_config
 from trb_megatron.param_mapping import stored_params
 from trb_megatron.tokenizer import check_tokenizer_fits
 

@@ -21,9 +21,9 @@ import torch
 from checkpoints_tools.command import num_bytes, run
 from checkpoints_tools.megatron_to_hf import find_source
 from trb_megatron.hf_checkpoint import HFTensors
+from trb_megatron.hf_config import HFModelConfig, read_hf_config
 from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import HF_FOLDER, open_megatron_checkpoint
-from trb_megatron.models import HFModelConfig, read_hf_config
 from trb_megatron.param_mapping import Shape
 from trb_megatron.tokenizer import check_tokenizer_fits, stop_ids, tokenizer_size
 

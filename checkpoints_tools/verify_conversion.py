@@ -32,10 +32,16 @@ from trb_megatron import distributed
 from trb_megatron.batch import Microbatch
 from trb_megatron.config import ParallelConfig
 from trb_megatron.distributed import ParallelLayout
+from trb_megatron.hf_config import (
+    HFModelConfig,
+    check_layout,
+    padded_vocab_size,
+    read_hf_config,
+)
 from trb_megatron.tokenizer import check_tokenizer_fits
 
 if TYPE_CHECKING:
-    from trb_megatron.models import HFModelConfig, HiddenStateGPTModel
+    from trb_megatron.models import HiddenStateGPTModel
 
 DEFAULT_PROMPTS = (
     "The capital of France is",
@@ -116,8 +122,6 @@ def verify(options: argparse.Namespace) -> None:
             f"{dist.get_world_size()} processes for one model over {layout.tp_size} x "
             f"{layout.pp_size}: start as many as --tensor-parallel times --pipeline-parallel"
         )
-    from trb_megatron.models import check_layout, read_hf_config
-
     config = read_hf_config(options.source)
     check_layout(config, layout.tp_size, layout.pp_size)
     tokenizer = check_tokenizer_fits(options.source, config.vocab_size)
@@ -173,7 +177,7 @@ def load_megatron(
     """The Megatron model on this rank, with the weights that the options name."""
     from trb_megatron.hf_weights import fill_model, load_hf_weights
     from trb_megatron.megatron_tensors import open_megatron_checkpoint
-    from trb_megatron.models import build_model, padded_vocab_size
+    from trb_megatron.models import build_model
 
     vocab_size = padded_vocab_size([config.vocab_size], layout.tp_size)
     dtype = DTYPES[options.precision]
@@ -276,7 +280,12 @@ def forward_logits(
     tokens_T[:num_tokens] = torch.tensor(token_ids)
     positions_T = torch.arange(padded, device=layout.device)
     microbatch = Microbatch(
-        tokens_T, positions_T, tokens_T, positions_T < num_tokens, cu_lengths=(0, padded)
+        tokens_T,
+        positions_T,
+        tokens_T,
+        positions_T < num_tokens,
+        cu_lengths=(0, padded),
+        sources=((0, 0),),
     )
     hidden = forward_hidden(model, [microbatch])
     if not layout.is_last_stage:

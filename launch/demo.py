@@ -38,7 +38,7 @@ def run_job(
     """Run a command of the package on all ranks; leave with its status if it fails."""
     job = ["-m", f"trb_megatron.{command}", str(CONFIG), override]
     print(f"$ torchrun --nproc-per-node={NUM_RANKS} " + " ".join(job), flush=True)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = [sys.executable, "-m", "trb_megatron.launch", "--standalone"]
     finished = subprocess.run(
         [*launcher, f"--nproc-per-node={NUM_RANKS}", *job],
         env={"OMP_NUM_THREADS": "1", **os.environ},

@@ -2,10 +2,10 @@
 
 What must not depend on the layout is measured here once per layout, on real ranks, and compared by
 the tests of the modules concerned (`test_models`, `test_rollout`, `test_trainer`,
-`test_hf_weights`).
+`test_hf_weights`, `test_plan`).
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_distributed
+from tests.runs import Holdings, measure_holdings
 from tests.tiny import IM_END, make_checkpoint, make_prompts
 
 STEPS = 3
@@ -93,7 +94,9 @@ class ProbeResult:
     """policy -> how often a sequence was preempted, summed over replicas."""
     teacher_calls: list[int]
     """teacher forward passes in the rollouts of each training step, summed over replicas."""
-    export: Path = field(default=Path())
+    export: Path
+    holdings: list[Holdings]
+    """what each rank holds."""
 
 
 def write_inputs(folder: Path) -> Path:
@@ -130,7 +133,16 @@ logging: {{tensorboard: false}}
 def probe(config_file: Path, layout: Layout) -> ProbeResult:
     """Run a layout on its own ranks."""
     results = run_distributed(_probe_rank, layout.world_size, config_file, layout, timeout_s=240)
-    return results[0]
+    return replace(results[0], holdings=[rank.holdings[0] for rank in results])
+
+
+def layout_overrides(layout: Layout) -> list[str]:
+    """What a layout changes in the configuration."""
+    return [
+        f"parallel.tensor_model_parallel_size={layout.tp}",
+        f"parallel.pipeline_model_parallel_size={layout.pp}",
+        *layout.overrides,
+    ]
 
 
 def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
@@ -138,15 +150,7 @@ def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
     from trb_megatron.config import load_config
 
     export = config_file.parent / f"run-{layout}"
-    config = load_config(
-        config_file,
-        [
-            f"run.dir={export}",
-            f"parallel.tensor_model_parallel_size={layout.tp}",
-            f"parallel.pipeline_model_parallel_size={layout.pp}",
-            *layout.overrides,
-        ],
-    )
+    config = load_config(config_file, [f"run.dir={export}", *layout_overrides(layout)])
     parallel = distributed.initialize(config.parallel)
 
     from trb_megatron.evaluate import start_reward_workers
@@ -177,10 +181,11 @@ def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
         logits["trained"] = _probe_logits(trainer.models.student, trainer)
         from trb_megatron.hf_weights import save_hf_checkpoint
 
-        save_hf_checkpoint(
-            trainer.models.student, trainer.models.student_config, parallel, export / "hf"
-        )
-    return ProbeResult(logits, rollouts, metrics, preemptions, teacher_calls, export / "hf")
+        save_hf_checkpoint(trainer.models.student, trainer.pair.student, parallel, export / "hf")
+        holdings = [measure_holdings(trainer)]
+    return ProbeResult(
+        logits, rollouts, metrics, preemptions, teacher_calls, export / "hf", holdings
+    )
 
 
 def _prompt(trainer: Any, index: int) -> tuple[int, ...]:
@@ -224,16 +229,16 @@ def _probe_rollouts(trainer: Any, policy_name: str) -> list[dict[str, Any]]:
     )
     from trb_megatron.scheduler import Request
 
-    layout, models = trainer.layout, trainer.models
+    layout = trainer.layout
     sampling = Sampling(
         temperature=0.0 if policy_name == "greedy" else 1.0,
         max_response_tokens=12,
-        stop_ids=models.student_stop_ids,
+        stop_ids=trainer.pair.stop_ids,
         seed=7,
         step=0,
-        num_valid=models.tokenizer_size,
+        num_valid=trainer.pair.tokenizer_size,
     )
-    alignment, group = models.alignment, layout.tp_group
+    alignment, group = trainer.pair.alignment, layout.tp_group
     policy: Any = {
         "student": StudentPolicy(sampling, group, alignment),
         "blend": BlendPolicy(sampling, 0.05, alignment, group),

@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.distributed import run_distributed
+from trb_megatron.hf_config import read_hf_config
 
 TIMINGS = ("time/", "perf/")
 
@@ -26,10 +31,8 @@ def weights_digest(folder: Path) -> str:
 
 def load_frozen(folder: Path, layout: Any) -> Any:
     """This rank's part of a tiny HF checkpoint, fp32, for rollouts alone; imports Megatron."""
-    import torch
-
     from trb_megatron.hf_weights import load_hf_weights
-    from trb_megatron.models import build_model, read_hf_config
+    from trb_megatron.models import build_model
 
     config = read_hf_config(folder)
     model = build_model(config, layout, vocab_size=128, dtype=torch.float32)
@@ -67,3 +70,49 @@ def _join(parallel: Any) -> Any:
     from trb_megatron import distributed
 
     return distributed.initialize(parallel)
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What one rank really holds: its stage, counts of parameters by model, and bytes."""
+
+    stage: int
+    num_parameters: dict[str, int]
+    weights: int
+    gradients: int
+    optimizer: int
+    teacher: int
+
+
+def measure_holdings(trainer: Any) -> Holdings:
+    """What this rank holds after a training step, from the storages of its tensors."""
+    models = {"student": trainer.models.student, "teacher": trainer.models.teacher}
+    parameters = {name: list(model.parameters()) for name, model in models.items() if model}
+    optimizer = trainer.optimizer
+    inner = [member.optimizer for member in getattr(optimizer, "chained_optimizers", [optimizer])]
+    owned = [param for o in inner for group in o.param_groups for param in group["params"]]
+    moments = [
+        state[name]
+        for o in inner
+        for state in o.state.values()
+        for name in ("exp_avg", "exp_avg_sq")
+    ]
+    student = {_storage(param): None for param in parameters["student"]}
+    masters = [param for param in owned if _storage(param) not in student]
+    return Holdings(
+        stage=trainer.layout.pp_rank,
+        num_parameters={n: sum(p.numel() for p in params) for n, params in parameters.items()},
+        weights=num_bytes(parameters["student"]),
+        gradients=num_bytes(buffer.grad_data for buffer in trainer.student.buffers),
+        optimizer=num_bytes([*masters, *moments]),
+        teacher=num_bytes(parameters.get("teacher", [])),
+    )
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind tensors, each counted once."""
+    return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

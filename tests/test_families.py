@@ -12,7 +12,7 @@ from checkpoints_tools import hf_to_megatron
 from tests.distributed import run_distributed
 from tests.families import FAMILIES, ORIGINAL_CONTEXT, SIZES, make_family_checkpoint
 from trb_megatron.hf_checkpoint import CheckpointError
-from trb_megatron.models import read_hf_config
+from trb_megatron.hf_config import read_hf_config
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 NUM_TOKENS = 4 * ORIGINAL_CONTEXT  # beyond the context that rope scaling starts from
@@ -44,7 +44,7 @@ def _logits(folder: Path, tp: int, pp: int) -> dict[str, torch.Tensor]:
     )
     from checkpoints_tools.verify_conversion import forward_logits
     from trb_megatron.hf_weights import load_hf_weights
-    from trb_megatron.models import build_model, read_hf_config
+    from trb_megatron.models import build_model
 
     logits = {}
     for family in FAMILIES:

@@ -25,8 +25,10 @@ from tests.tiny import TOKENIZER_SIZE, make_checkpoint
 from trb_megatron import fp8
 from trb_megatron.config import ConfigError, fingerprint_difference, load_config
 from trb_megatron.fp8 import Platform
-from trb_megatron.models import read_hf_config
-from trb_megatron.report import describe_precision
+from trb_megatron.hf_config import read_hf_config
+from trb_megatron.pair_config import PairConfig
+from trb_megatron.plan import make_plan
+from trb_megatron.report import describe_plan, describe_precision
 
 ADA = Platform((8, 9), (12, 4), "2.8.0")
 HOPPER = Platform((9, 0), (12, 9), "2.8.0+5fdd7bb")
@@ -308,16 +310,33 @@ def test_fp8_is_refused_on_a_cpu_before_anything_is_loaded(tmp_path: Path) -> No
     from trb_megatron.model_pair import ModelPair
 
     config = _config(tmp_path, "training.precision=fp8")
-    make_checkpoint(tmp_path / "teacher", hidden_size=40)
     (tmp_path / "student" / "model.safetensors").unlink()
-    layout: Any = SimpleNamespace(device=torch.device("cpu"), tp_size=1, pp_size=1)
+    pair = PairConfig.read(config, with_teacher=True)
+    layout: Any = SimpleNamespace(device=torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"fp8 needs NVIDIA GPUs, but this job runs on CPUs"):
-        ModelPair.load(config, layout, with_teacher=True)
-    with (
-        mock.patch("trb_megatron.model_pair.fp8_platform", return_value=HOPPER),
-        pytest.raises(ConfigError, match=r"teacher: .* multiples of 16, but hidden_size = 40;"),
-    ):
-        ModelPair.load(config, layout, with_teacher=True)
+        ModelPair.load(pair, config, layout)
+    make_checkpoint(tmp_path / "teacher", hidden_size=40)
+    with pytest.raises(ConfigError, match=r"teacher: .* multiples of 16, but hidden_size = 40;"):
+        PairConfig.read(config, with_teacher=True)
+
+
+def test_the_plan_counts_the_copies_of_weights(tmp_path: Path) -> None:
+    """A byte of each teacher's, and two of each student's weight in layers, on their rank."""
+    plans = {}
+    for precision in ("bf16", "fp8"):
+        config = _config(
+            tmp_path, f"training.precision={precision}", "parallel.tensor_model_parallel_size=2"
+        )
+        pair = PairConfig.read(config, with_teacher=True)
+        plans[precision] = make_plan(config, pair, world_size=2)
+        lines = "\n".join(describe_plan(plans[precision], pair, config))
+        assert ("FP8 copies of weights" in lines) == (precision == "fp8")
+    # q, k, v and o; gate, up and down; input norm, norm before the MLP, norms of q and k
+    student = 3 * (32 * (64 + 32) // 2 + 3 * 32 * 64 // 2 + 2 * 32 + 2 * 8)
+    teacher = 5 * (48 * (64 + 32) // 2 + 3 * 48 * 96 // 2 + 2 * 48 + 2 * 8)
+    (fp8_memory,), (bf16_memory,) = plans["fp8"].memory, plans["bf16"].memory
+    assert (bf16_memory.fp8_copies, fp8_memory.fp8_copies) == (0, 2 * student + teacher)
+    assert fp8_memory.training - bf16_memory.training == 2 * student + teacher
 
 
 def test_a_run_goes_on_in_the_other_precision(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def write_gradients(trainer: Any, folder: Path, max_tokens: int) -> None:
     weights = [param.detach().clone() for param in student.parameters()]
     for param in student.parameters():
         param.data.copy_(param.main_grad)
-    save_hf_checkpoint(student, trainer.models.student_config, trainer.layout, folder)
+    save_hf_checkpoint(student, trainer.pair.student, trainer.layout, folder)
     for param, weight in zip(student.parameters(), weights, strict=True):
         param.data.copy_(weight)
 
@@ -80,16 +80,18 @@ def dense_loss(trainer: Any, hidden_NH: torch.Tensor, microbatch: Microbatch) ->
         align_stop_ids(
             model.project(hidden) / trainer.config.loss.temperature,
             own_ids,
-            models.alignment,
+            trainer.pair.alignment,
             tp_group=None,
         )
         for model, hidden, own_ids in (
-            (models.student, hidden_NH, models.alignment.student_ids),
-            (models.teacher, microbatch.teacher_hidden_NH, models.alignment.teacher_ids),
+            (models.student, hidden_NH, trainer.pair.alignment.student_ids),
+            (models.teacher, microbatch.teacher_hidden_NH, trainer.pair.alignment.teacher_ids),
         )
     )
     name, top_k = trainer.config.loss.name, trainer.config.loss.top_k
-    output = LOSSES[name](student_NV, teacher_NV, num_valid=models.tokenizer_size, top_k=top_k)
+    output = LOSSES[name](
+        student_NV, teacher_NV, num_valid=trainer.pair.tokenizer_size, top_k=top_k
+    )
     return output.per_token.sum(), {"loss": output.per_token.detach().sum()}
 
 

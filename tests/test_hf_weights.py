@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.layouts import LAYOUTS, ONE_RANK, PROBE_RESPONSES, Layout, ProbeResult
 from tests.tiny import make_checkpoint
 from trb_megatron.hf_checkpoint import INDEX_FILE, CheckpointError, HFTensors
-from trb_megatron.models import read_hf_config
+from trb_megatron.hf_config import read_hf_config
 from trb_megatron.param_mapping import map_params
 from trb_megatron.prompts import load_prompts
 from trb_megatron.tokenizer import load_tokenizer

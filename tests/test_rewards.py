@@ -28,6 +28,8 @@ def is_correct(response, answers):
         os.kill(os.getpid(), signal.SIGKILL)
     if response == "raise":
         raise RecursionError
+    if response == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(float(response) if response[:1].isdigit() else 0)
     return response in answers
 
@@ -71,7 +73,7 @@ def test_expression_that_is_too_large_scores_zero_in_time() -> None:
         assert time.monotonic() - started < 20
 
 
-@pytest.mark.parametrize("fatal", ["hang", "spin", "crash", "raise"])
+@pytest.mark.parametrize("fatal", ["hang", "spin", "crash", "raise", "stop"])
 def test_lost_worker_is_replaced_and_its_response_scores_zero(
     scripted: list[str], fatal: str
 ) -> None:

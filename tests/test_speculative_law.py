@@ -21,6 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.distributed import run_distributed
 from tests.reference import DenseBehavior, dense_blend, dense_skd, dense_teacher
+from trb_megatron.hf_config import read_hf_config
 
 NUM_IDS, NUM_ROWS = 8, 10  # the last two rows are padding
 DRAFTS = 2
@@ -181,7 +182,7 @@ def _sample(folder: Path) -> dict[str, tuple[Counts, Counts]]:
     layout = distributed.initialize(ParallelConfig(tensor_model_parallel_size=num_ranks))
 
     from trb_megatron.hf_weights import load_hf_weights
-    from trb_megatron.models import build_model, read_hf_config
+    from trb_megatron.models import build_model
     from trb_megatron.policies import BlendPolicy, Sampling, SKDPolicy, TeacherPolicy
     from trb_megatron.rollout import RolloutEngine
     from trb_megatron.scheduler import Request

@@ -8,6 +8,7 @@ token, which `labels_T[t]` holds.
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -51,6 +52,8 @@ class Rollout:
         record: per-token quantities; only on the last pipeline stage, and only for sampled tokens.
         teacher_hidden: the teacher's final hidden states [len(response_ids), H] at the prefixes of
             the response, where the policy asked the teacher; on the last stage only.
+        problem: what was wrong with the logits of the first token that could not be drawn from
+            them (it and what follows are meaningless); on the last stage only.
     """
 
     prompt_index: int
@@ -61,6 +64,7 @@ class Rollout:
     teacher_calls: int = 0
     record: TokenRecord | None = None
     teacher_hidden: Tensor | None = None
+    problem: str | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -76,7 +80,7 @@ class Rollout:
 class Microbatch:
     """Some rollouts packed into one row, none of which sees another.
 
-    Each field but the last two is [T]; sequence i is at `cu_lengths[i]` to `cu_lengths[i + 1]`, and
+    Each tensor but the last is [T]; sequence i is at `cu_lengths[i]` to `cu_lengths[i + 1]`, and
     its positions start at 0. See the module docstring for the label shift.
     """
 
@@ -85,6 +89,8 @@ class Microbatch:
     labels_T: Tensor
     loss_mask_T: Tensor
     cu_lengths: tuple[int, ...]
+    sources: tuple[tuple[int, int], ...]
+    """(prompt index, rollout index) of each sequence."""
     teacher_hidden_NH: Tensor | None = None
     """The teacher's final hidden states at the loss positions, where known."""
 
@@ -97,6 +103,15 @@ class Microbatch:
     def max_length(self) -> int:
         """Length of the longest sequence."""
         return max(stop - start for start, stop in pairwise(self.cu_lengths))
+
+    def describe(self, number: int) -> str:
+        """The loss position of a number, in words for a person."""
+        position = int(self.loss_mask_T.nonzero()[number, 0])
+        sequence = bisect_right(self.cu_lengths, position) - 1
+        start = self.cu_lengths[sequence]
+        num_before = int(self.loss_mask_T[start:position].sum())
+        prompt_index, rollout_index = self.sources[sequence]
+        return f"token {num_before} of rollout {rollout_index} of prompt {prompt_index}"
 
 
 def build_microbatch(
@@ -127,6 +142,7 @@ def build_microbatch(
         labels_T=torch.tensor(labels + filling, device=device),
         loss_mask_T=torch.tensor(loss_mask + [False] * num_filled, device=device),
         cu_lengths=(0, *accumulate(lengths)),
+        sources=tuple((rollout.prompt_index, rollout.rollout_index) for rollout in rollouts),
         teacher_hidden_NH=torch.cat(hidden) if len(hidden) == len(rollouts) else None,
     )
 

@@ -9,6 +9,7 @@ being written is called `step_N.partial`.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -22,10 +23,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from trb_megatron.hf_checkpoint import CheckpointError
+from trb_megatron.hf_config import HFModelConfig
 from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import carry_hf_files
-from trb_megatron.models import HFModelConfig
 from trb_megatron.optimizer import load_optimizer_state
+from trb_megatron.safe_loading import check_scaling_states, no_code_from
 
 STATE_FILE = "training_state.json"
 # The one sharding type of the distributed optimizer that reshards over TP, PP and DP.
@@ -43,12 +46,16 @@ class TrainingState:
     Attributes:
         step: updates done; also the next step's number, counted from 0.
         prompt_position: prompts consumed from the endless prompt order.
+        num_skipped: steps without an update, because of a NaN or infinity.
+        evaluation_is_due: the run was stopped before the evaluation that belongs to this step.
         data_fingerprint: of the prompt set that the position refers to.
         config: the resolved configuration as plain data.
     """
 
     step: int
     prompt_position: int
+    num_skipped: int
+    evaluation_is_due: bool
     data_fingerprint: str
     config: dict[str, Any]
 
@@ -200,8 +207,14 @@ def load_checkpoint(
 
 def _load(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(sharded_state, str(checkpoint))
-    except (CheckpointingException, CheckpointException, OSError) as error:
+        with no_code_from(checkpoint):
+            state = dist_checkpointing.load(sharded_state, str(checkpoint))
+            check_scaling_states(state["model"])
+            return state
+    except (
+        *(CheckpointError, CheckpointingException, CheckpointException, OSError),
+        pickle.UnpicklingError,
+    ) as error:
         hint = ""
         if not (checkpoint / "common.pt").is_file():
             # megatron-core 0.19 stopped writing this file, which 0.16 needs.

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import sys
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,8 +15,6 @@ from trb_megatron import cpu_backend
 from trb_megatron.config import ParallelConfig, check_world_size
 
 T = TypeVar("T")
-
-_RANK_ZERO_FIRST_S = 10.0
 
 # Warnings that importing and running Megatron causes, and that a user can do nothing about.
 warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -124,7 +118,7 @@ def initialize(config: ParallelConfig, *, seed: int = 0) -> ParallelLayout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+        distributed_timeout_minutes=config.timeout_minutes,
     )
     model_parallel_cuda_manual_seed(seed)
     return ParallelLayout(
@@ -135,29 +129,11 @@ def initialize(config: ParallelConfig, *, seed: int = 0) -> ParallelLayout:
     )
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """End the process with one readable line where set-up finds something that a user must change.
-
-    Usually every rank finds the same. Rank 0 says it; the others leave it the time to do so, since
-    torchrun ends all ranks when the first one leaves, and speak only if it had nothing to say. The
-    exit status is 2.
-    """
-    try:
-        yield
-    except ValueError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank != 0:
-            time.sleep(_RANK_ZERO_FIRST_S)
-        where = "" if rank == 0 else f" (rank {rank})"
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
 def shutdown() -> None:
-    """Leave the job: destroy Megatron's groups and torch.distributed."""
+    """Leave the job together: destroy Megatron's groups and torch.distributed."""
     from megatron.core import parallel_state
 
+    dist.barrier()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

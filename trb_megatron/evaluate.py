@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerFast
+
 from trb_megatron import distributed
-from trb_megatron.config import Config, RewardsConfig, load_config
+from trb_megatron.config import Config, RewardsConfig, command_line, load_config
 from trb_megatron.distributed import ParallelLayout, gather_from_leaders
 from trb_megatron.model_pair import ModelPair
+from trb_megatron.nonfinite import NonFiniteError, find_in_rollouts
+from trb_megatron.pair_config import PairConfig
 from trb_megatron.policies import Sampling, StudentPolicy
 from trb_megatron.prompts import PromptSet, load_prompts
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
 from trb_megatron.scheduler import Request
+from trb_megatron.supervision import setup_errors, supervised_job
 
 EVALUATION_STEP = -1
 """The step that keys an evaluation's random numbers: the same at every evaluation of a run, so that
@@ -69,48 +73,53 @@ class EvaluationResult:
         return {f"eval/{name}/{key}": value for key, value in values.items()}
 
 
+def load_problem_sets(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, PromptSet]:
+    """The problems of every set by its name.
+
+    Raises:
+        ValueError: a problem file that cannot be used.
+    """
+    return {
+        name: load_prompts(
+            problems.path,
+            tokenizer,
+            prompt_column=problems.prompt_column,
+            answer_column=problems.answer_column,
+            system_prompt=config.data.system_prompt,
+            apply_chat_template=config.data.apply_chat_template,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            limit=problems.limit,
+        )
+        for name, problems in config.evaluation.sets.items()
+    }
+
+
 class Evaluator:
-    """The problem files of a run, and how to grade the student on them.
+    """The problem sets of a run, and how to grade the student on them.
 
     Args:
         rewards: grading processes on the leader of each replica, None on other ranks.
 
     Raises:
-        ValueError: a problem file that cannot be used, or problems beyond the model's positions.
+        ConfigError: a cache that cannot hold one problem and its response.
     """
 
     def __init__(
         self,
         config: Config,
-        models: ModelPair,
+        pair: PairConfig,
+        problem_sets: dict[str, PromptSet],
         engine: RolloutEngine,
         rewards: RewardWorkers | None,
         layout: ParallelLayout,
     ) -> None:
         self.config = config.evaluation
-        self.models = models
+        self.pair = pair
+        self.problem_sets = problem_sets
         self.engine = engine
         self.rewards = rewards
         self.layout = layout
-        self.problem_sets = {
-            name: load_prompts(
-                problems.path,
-                models.tokenizer,
-                prompt_column=problems.prompt_column,
-                answer_column=problems.answer_column,
-                system_prompt=config.data.system_prompt,
-                apply_chat_template=config.data.apply_chat_template,
-                max_prompt_tokens=config.data.max_prompt_tokens,
-                limit=problems.limit,
-            )
-            for name, problems in config.evaluation.sets.items()
-        }
-        if self.problem_sets:
-            models.check_length(
-                config.data.max_prompt_tokens + self.config.max_response_tokens,
-                "data.max_prompt_tokens + evaluation.max_response_tokens",
-                student_only=True,
-            )
+        if problem_sets:
             engine.check_cache(
                 config.data.max_prompt_tokens + self.config.max_response_tokens,
                 with_teacher=False,
@@ -119,10 +128,10 @@ class Evaluator:
         self.sampling = Sampling(
             temperature=self.config.temperature,
             max_response_tokens=self.config.max_response_tokens,
-            stop_ids=models.student_stop_ids,
+            stop_ids=pair.stop_ids,
             seed=config.run.seed,
             step=EVALUATION_STEP,
-            num_valid=models.tokenizer_size,
+            num_valid=pair.tokenizer_size,
         )
 
     def evaluate(self) -> dict[str, EvaluationResult]:
@@ -140,10 +149,12 @@ class Evaluator:
         policy = StudentPolicy(self.sampling, self.layout.tp_group)
         share = requests[self.layout.dp_rank :: self.layout.dp_size]
         rollouts = self.engine.generate(share, policy, self.sampling)
+        if found := find_in_rollouts(rollouts):
+            raise NonFiniteError(f"evaluation: {found}")
         graded: list[tuple[int, float, int, bool]] = []
         if self.rewards is not None:
             scores = self.rewards.score(
-                [self.models.decode(rollout.response_ids) for rollout in rollouts],
+                [self.pair.decode(rollout.response_ids) for rollout in rollouts],
                 [problems.prompts[rollout.prompt_index].answer or () for rollout in rollouts],
             )
             graded = [
@@ -179,29 +190,27 @@ def _mean(values: Sequence[float]) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate `student.path` on every set and print the metrics as a JSON object."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    with distributed.user_errors():
-        if not arguments:
-            raise ValueError("CONFIG.yaml is missing; --help says how to call this")
-        config = load_config(arguments[0], arguments[1:])
-        if not config.evaluation.sets:
-            raise ValueError("evaluation.sets is empty: name at least one problem file")
-        layout = distributed.initialize(config.parallel, seed=config.run.seed)
-        models = ModelPair.load(config, layout, with_teacher=False)
-    engine = RolloutEngine(models.student, None, layout, config.rollout)
-    with start_reward_workers(config.rewards, layout) as rewards:
-        with distributed.user_errors():
-            evaluator = Evaluator(config, models, engine, rewards, layout)
-        results = evaluator.evaluate()
-    if distributed.is_rank_zero():
-        metrics = {
-            k: v for name, result in results.items() for k, v in result.metrics(name).items()
-        }
-        print(json.dumps(metrics, indent=2))
-    distributed.shutdown()
+    options = command_line(__doc__).parse_intermixed_args(arguments)
+    with supervised_job():
+        with setup_errors():
+            config = load_config(options.config, options.overrides)
+            if not config.evaluation.sets:
+                raise ValueError("evaluation.sets is empty: name at least one problem file")
+            layout = distributed.initialize(config.parallel, seed=config.run.seed)
+            pair = PairConfig.read(config, with_teacher=False)
+            problem_sets = load_problem_sets(config, pair.tokenizer)
+            models = ModelPair.load(pair, config, layout)
+        engine = RolloutEngine(models.student, None, layout, config.rollout)
+        with start_reward_workers(config.rewards, layout) as rewards:
+            with setup_errors():
+                evaluator = Evaluator(config, pair, problem_sets, engine, rewards, layout)
+            results = evaluator.evaluate()
+        if distributed.is_rank_zero():
+            metrics = {
+                k: v for name, result in results.items() for k, v in result.metrics(name).items()
+            }
+            print(json.dumps(metrics, indent=2))
+        distributed.shutdown()
 
 
 if __name__ == "__main__":

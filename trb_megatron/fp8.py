@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from trb_megatron.config import ConfigError, FP8Recipe
 
 if TYPE_CHECKING:
-    from trb_megatron.models import HFModelConfig
+    from trb_megatron.hf_config import HFModelConfig
 
 MULTIPLE = 16
 """Both sizes of each matrix in a product, and so the tokens on each rank, are multiples of it.

@@ -12,6 +12,7 @@ vocabulary, U this rank's shard of it, H hidden size (each model has its own).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from trb_megatron.stop_alignment import (
     spread_stop_columns,
     spread_stop_gradient_,
 )
-from trb_megatron.vocab_parallel import mask_invalid_, vocab_range
+from trb_megatron.vocab_parallel import RowError, mask_invalid_, vocab_range
 
 WORKSPACE_BYTES = 512 * 10**6
 
@@ -109,7 +110,8 @@ def fused_loss(
 
     All-gathers over `tp_group` for each block of tokens, and one all-reduce of the gradient [N, H]
     of the hidden states. Hidden states, weights of tokens and results replicated, output weights
-    sharded; logits are upcast to fp32. Raises ValueError like the losses.
+    sharded; logits are upcast to fp32. Raises ValueError like the losses, a RowError counting all
+    tokens.
     """
     if alignment is not None and alignment.is_trivial:
         alignment = None
@@ -240,14 +242,14 @@ class _Walk:
     def _chunks(self) -> Iterator[slice]:
         return _slices(slice(0, len(self.student.hidden_NH)), len(self.student_CU))
 
-    def _blocks(self, tokens: slice) -> Iterator[tuple[str, slice, slice]]:
-        """Each block of a chunk: its name in errors, its rows in the chunk, and its tokens."""
+    def _blocks(self, tokens: slice) -> Iterator[tuple[slice, slice]]:
+        """Each block of a chunk: its rows in the chunk, and its tokens."""
         size = -(-len(self.student_CU) // _BLOCKS_PER_CHUNK)
         if self.student_CU.device.type == "cpu":
             size = min(size, max(1, _CPU_BLOCK_ELEMENTS // self.student_CU.shape[1]))
         for block in _slices(tokens, size):
             rows = slice(block.start - tokens.start, block.stop - tokens.start)
-            yield f"tokens {block.start} to {block.stop - 1}:", rows, block
+            yield rows, block
 
     def _run_vocab_chunk(self, tokens: slice) -> _Part:
         """Rules on the vocabulary: the gradient takes the place of the student's logits."""
@@ -255,17 +257,18 @@ class _Walk:
         teacher_CU = self._project_teacher(tokens) if self.has_pair else None
         options, tp_group = self.options, self.tp_group
         parts = []
-        for name, rows, block in self._blocks(tokens):
-            student = view_model(f"{name} student", student_CU[rows], options.top_k, tp_group)
-            teacher = None
-            if teacher_CU is not None:
-                support_ids_BK = student.summary.topk_ids_NK
-                teacher = view_model(
-                    f"{name} teacher", teacher_CU[rows], options.top_k, tp_group, support_ids_BK
-                )
-            sampled_ids_B = None if self.sampled_ids is None else self.sampled_ids[block]
-            inputs = VocabInputs(student, teacher, options, sampled_ids_B, tp_group)
-            value_B, grad_BU = self.loss.rule(inputs)
+        for rows, block in self._blocks(tokens):
+            with _rows_counted_from(block.start):
+                student = view_model("student", student_CU[rows], options.top_k, tp_group)
+                teacher = None
+                if teacher_CU is not None:
+                    support_ids_BK = student.summary.topk_ids_NK
+                    teacher = view_model(
+                        "teacher", teacher_CU[rows], options.top_k, tp_group, support_ids_BK
+                    )
+                sampled_ids_B = None if self.sampled_ids is None else self.sampled_ids[block]
+                inputs = VocabInputs(student, teacher, options, sampled_ids_B, tp_group)
+                value_B, grad_BU = self.loss.rule(inputs)
             torch.mul(grad_BU, self._gradient_scale(block), out=student_CU[rows])
             metrics = compute_metrics(student.summary, None if teacher is None else teacher.summary)
             parts.append((value_B.float(), metrics))
@@ -285,20 +288,11 @@ class _Walk:
     def _run_support_chunk(self, tokens: slice) -> _Part:
         """Rules on the support: all that is kept of the logits are K columns of each row."""
         student_CU, shares_CK = self._project_student(tokens)
-        options, tp_group = self.options, self.tp_group
-        student = _stack(
-            view_model(f"{name} student", student_CU[rows], options.top_k, tp_group).summary
-            for name, rows, _ in self._blocks(tokens)
-        )
+        student = self._summarize("student", student_CU, tokens, None)
         ids_CK = student.topk_ids_NK
-        teacher_CU = self._project_teacher(tokens)
-        teacher = _stack(
-            view_model(
-                f"{name} teacher", teacher_CU[rows], options.top_k, tp_group, ids_CK[rows]
-            ).summary
-            for name, rows, _ in self._blocks(tokens)
-        )
-        value_C, grad_CK = self.loss.rule(student, teacher, options)
+        teacher = self._summarize("teacher", self._project_teacher(tokens), tokens, ids_CK)
+        with _rows_counted_from(tokens.start):
+            value_C, grad_CK = self.loss.rule(student, teacher, self.options)
         if self.grad_hidden_NH is not None:
             grad_CK = grad_CK.float() * self._gradient_scale(tokens)
             if self.alignment is not None:
@@ -308,6 +302,20 @@ class _Walk:
                 )
             self._add_column_gradient(tokens, ids_CK, grad_CK)
         return value_C.float(), compute_metrics(student, teacher)
+
+    def _summarize(
+        self, name: str, logits_CU: Tensor, tokens: slice, support_ids_CK: Tensor | None
+    ) -> Summary:
+        """One model's summary of a chunk, made block by block."""
+        parts = []
+        for rows, block in self._blocks(tokens):
+            support_ids_BK = None if support_ids_CK is None else support_ids_CK[rows]
+            with _rows_counted_from(block.start):
+                view = view_model(
+                    name, logits_CU[rows], self.options.top_k, self.tp_group, support_ids_BK
+                )
+            parts.append(view.summary)
+        return _stack(parts)
 
     def _project_student(self, tokens: slice) -> tuple[Tensor, Tensor | None]:
         """Logits of a chunk, ready for a rule, and the shares of its merged stop ids."""
@@ -391,6 +399,15 @@ def _add_rows(result_UH: Tensor, rows_C: Tensor, values_CH: Tensor) -> None:
         result_UH.index_put_((rows_C,), values_CH, accumulate=True)
     else:
         result_UH.index_add_(0, rows_C, values_CH)
+
+
+@contextmanager
+def _rows_counted_from(first: int) -> Iterator[None]:
+    """Make the rows of a RowError those of all tokens."""
+    try:
+        yield
+    except RowError as error:
+        raise RowError(error.problem, [first + row for row in error.rows]) from None
 
 
 def _slices(whole: slice, size: int) -> Iterator[slice]:

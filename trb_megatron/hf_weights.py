@@ -22,7 +22,8 @@ from trb_megatron.hf_checkpoint import (
     shard_name,
     write_index,
 )
-from trb_megatron.models import HFModelConfig, HiddenStateGPTModel
+from trb_megatron.hf_config import HFModelConfig
+from trb_megatron.models import HiddenStateGPTModel
 from trb_megatron.param_mapping import MappedParam, TensorSlice, map_params, stored_params
 
 # Transformer Engine fuses a norm into the linear layer behind it, and checkpoints name it so.

@@ -44,18 +44,19 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from trb_megatron.hf_checkpoint import (
+    DTYPES,
     CheckpointError,
     HFTensors,
     copy_side_files,
     read_json,
     refuse_partial,
 )
-from trb_megatron.models import read_hf_config
+from trb_megatron.hf_config import read_hf_config
 from trb_megatron.param_mapping import Chunk, MappedParam, Shape, stored_params
+from trb_megatron.safe_loading import INDEX_FILE, read_index
 
 HF_FOLDER = "hf"
 DTYPES_FILE = "hf_dtypes.json"
-_INDEX_FILE = ".metadata"
 _COMMON_FILE = "common.pt"
 _READ_BYTES = 32 * 2**20  # at most this much of a chunk is copied at a time
 
@@ -79,9 +80,17 @@ def carry_hf_files(source: Path, names: Iterable[str], checkpoint: Path) -> None
 
 
 def read_hf_dtypes(checkpoint: Path) -> Callable[[str], torch.dtype]:
-    """The type of each HF tensor, by name, in the checkpoint that this one was made from."""
+    """The type of each HF tensor, by name, in the checkpoint that this one was made from.
+
+    Raises:
+        CheckpointError: the record names a type that weights cannot have.
+    """
     record = read_json(checkpoint / DTYPES_FILE)
-    return lambda name: getattr(torch, record["others"].get(name, record["default"]))
+    dtypes = {str(dtype)[6:]: dtype for dtype in DTYPES.values()}
+    unknown = {record["default"], *record["others"].values()} - set(dtypes)
+    if unknown:
+        raise CheckpointError(f"{checkpoint / DTYPES_FILE}: no types of weights: {sorted(unknown)}")
+    return lambda name: dtypes[record["others"].get(name, record["default"])]
 
 
 # Writing
@@ -300,12 +309,9 @@ class MegatronTensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         refuse_partial(path)
-        if not (path / _INDEX_FILE).is_file():
-            raise CheckpointError(f"{path}: not a complete Megatron checkpoint (no {_INDEX_FILE})")
-        try:
-            self._metadata = dcp.FileSystemReader(path).read_metadata()
-        except Exception as error:  # a damaged pickle raises anything
-            raise CheckpointError(f"{path / _INDEX_FILE}: corrupt ({error})") from error
+        if not (path / INDEX_FILE).is_file():
+            raise CheckpointError(f"{path}: not a complete Megatron checkpoint (no {INDEX_FILE})")
+        self._metadata = read_index(path)
         self._params: dict[str, MappedParam] = {}
         self._chunks: dict[tuple[str, Shape], list[_StoredChunk]] = {}
 
@@ -367,7 +373,7 @@ class MegatronTensors:
             ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.offset + chunk.length)
         for file, end in ends.items():
             if not file.is_file():
-                raise CheckpointError(f"{file}: no such file, but {_INDEX_FILE} names it")
+                raise CheckpointError(f"{file}: no such file, but {INDEX_FILE} names it")
             if file.stat().st_size < end:
                 raise CheckpointError(f"{file}: truncated ({file.stat().st_size} of {end} bytes)")
 

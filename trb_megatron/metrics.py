@@ -46,6 +46,17 @@ class MetricsLogger:
         finite = {name: _finite_or_none(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._file.flush()
+        self._show(step, finite)
+
+    def add(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Write metrics of a step that came later than the rest of its row."""
+        finite = {name: _finite_or_none(value) for name, value in values.items()}
+        rows = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
+        row = rows.pop() if rows and rows[-1]["step"] == step else {"step": step}
+        self._rewrite([json.dumps(row) + "\n" for row in (*rows, row | finite)])
+        self._show(step, finite)
+
+    def _show(self, step: int, finite: Mapping[str, float | int | None]) -> None:
         shown = {name: value for name, value in finite.items() if value is not None}
         if self._has_tensorboard:
             for name, value in shown.items():
@@ -60,14 +71,19 @@ class MetricsLogger:
         Call it before the first `log`. A line that a crash left half-written goes, too.
         """
         assert "_tensorboard" not in self.__dict__, "truncate_after follows log"
-        self._file.close()
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        self._rewrite(
+            [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        )
+        self._purge_step = step + 1
+
+    def _rewrite(self, lines: list[str]) -> None:
+        """Replace metrics.jsonl as a whole: it has the old lines or the new ones."""
+        self._file.close()
         beside = self._path.with_name(".metrics.jsonl.partial")
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        beside.write_text("".join(kept), encoding="utf-8")
+        beside.write_text("".join(lines), encoding="utf-8")
         os.replace(beside, self._path)
         self._file = self._path.open("a", encoding="utf-8")
-        self._purge_step = step + 1
 
     def close(self) -> None:
         """Write what is buffered and close every file."""

@@ -94,7 +94,10 @@ class Policy(Protocol):
     def draw(
         self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms: Uniforms
     ) -> tuple[Tensor, TokenRecord]:
-        """Token ids [N] and what is recorded of them; collective over the TP group."""
+        """Token ids [N] and what is recorded of them; collective over the TP group.
+
+        Raises RowError, on all ranks alike, for logits that cannot be used.
+        """
         ...
 
 
@@ -220,6 +223,8 @@ class GuidedPolicy(ABC):
             drawn.token_ids,
             tp_group=self.tp_group,
         )
+        is_finite_N = behavior_N.isfinite() & guidance.kl_student_N.isfinite()
+        raise_at_row({"the behavior policy is not finite": ~is_finite_N})
         record = TokenRecord(
             student_logprobs=student_N,
             teacher_logprobs=guidance.teacher.normalize(teacher_N),
@@ -294,10 +299,10 @@ class TeacherPolicy(GuidedPolicy):
     def solve(self, student_logits_NU: Tensor, teacher_logits_NU: Tensor) -> Guidance:
         """Three all-gathers besides the stop alignment's."""
         student, teacher = (
-            softmax(logits_NU, tp_group=self.tp_group)
-            for logits_NU in (
-                self._student_logits(student_logits_NU),
-                self._teacher_logits(teacher_logits_NU),
+            softmax(logits_NU, tp_group=self.tp_group, name=name)
+            for name, logits_NU in (
+                ("student", self._student_logits(student_logits_NU)),
+                ("teacher", self._teacher_logits(teacher_logits_NU)),
             )
         )
         teacher_NU = teacher.logprobs()
@@ -329,11 +334,11 @@ class SKDPolicy(GuidedPolicy):
         Raises ValueError, on all ranks alike, where fewer than `top_k` ids exist.
         """
         student, teacher, fresh = (
-            softmax(logits_NU, tp_group=self.tp_group)
-            for logits_NU in (
-                self._student_logits(student_logits_NU),
-                self._teacher_logits(teacher_logits_NU),
-                self._teacher_logits(teacher_logits_NU, self.teacher_temperature),
+            softmax(logits_NU, tp_group=self.tp_group, name=name)
+            for name, logits_NU in (
+                ("student", self._student_logits(student_logits_NU)),
+                ("teacher", self._teacher_logits(teacher_logits_NU)),
+                ("teacher", self._teacher_logits(teacher_logits_NU, self.teacher_temperature)),
             )
         )
         is_likely_NU = is_in_topk(teacher.logits_NU, self.top_k, tp_group=self.tp_group)

@@ -1,4 +1,4 @@
-"""What a job says of itself when it starts: versions, layout, and the code paths in use."""
+"""What a job says of itself when it starts: versions, code paths in use, and what lies where."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-import torch.distributed as dist
 
-from trb_megatron.config import Config
-from trb_megatron.distributed import ParallelLayout
+from trb_megatron.config import AUTO_CACHE_SHARE, Config
 from trb_megatron.fp8 import frozen_recipe
-from trb_megatron.models import flash_attention_version
+from trb_megatron.pair_config import PairConfig
+from trb_megatron.plan import GB, Plan
 
 
-def describe_environment(layout: ParallelLayout, dtype: torch.dtype) -> list[str]:
-    """Lines on versions, optional accelerators of Megatron-Core, and the parallel layout.
+def describe_environment(device: torch.device, flash_attention: int | None) -> list[str]:
+    """Lines on versions, optional accelerators of Megatron-Core, and the device.
 
-    `dtype` is that of the models' activations.
+    `flash_attention` is the version that reads the paged cache, if any.
     """
     optional = {
         "Transformer Engine": _version_of("transformer-engine", "transformer_engine.pytorch"),
@@ -30,15 +29,11 @@ def describe_environment(layout: ParallelLayout, dtype: torch.dtype) -> list[str
         "megatron-core": version("megatron-core"),
         **{name: found or "absent" for name, found in optional.items()},
     }
-    device = "cpu"
-    if layout.device.type == "cuda":
-        device = torch.cuda.get_device_name(layout.device)
-    flash_attention = flash_attention_version(layout.device, dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     kernel = f"flash-attention {flash_attention}" if flash_attention else "masked SDPA"
     return [
         ", ".join(f"{name} {found}" for name, found in versions.items()),
-        f"{dist.get_world_size()} ranks on {device}: TP {layout.tp_size} x PP {layout.pp_size} x "
-        f"DP {layout.dp_size}; rollout attention: {kernel} over pages",
+        f"device: {name}; rollout attention: {kernel} over pages",
     ]
 
 
@@ -72,3 +67,164 @@ def _version_of(distribution: str, module: str) -> str | None:
         return version(distribution)
     except (ModuleNotFoundError, PackageNotFoundError):
         return None
+
+
+# ---------------------------------------------------------------- the plan
+
+_STAGES_PER_TABLE = 8
+
+
+def describe_plan(
+    plan: Plan, pair: PairConfig, config: Config, memory: int | None = None
+) -> list[str]:
+    """Lines on a run's layout, models, step and memory; `memory` is that of a GPU in bytes."""
+    return [
+        *_describe_layout(plan),
+        *_describe_vocabulary(plan, pair),
+        *_describe_models(plan),
+        _describe_step(plan, config),
+        "",
+        *_describe_stages(plan),
+        "",
+        *_describe_memory(plan, config, memory),
+        *_describe_cache(plan, config, memory),
+        "",
+    ]
+
+
+def _describe_layout(plan: Plan) -> list[str]:
+    tp, pp, dp = plan.tp_size, plan.pp_size, plan.dp_size
+    place = ""
+    if plan.world_size > 1:
+        place = f" (rank r: tensor rank r % {tp}, replica r // {tp} % {dp}, stage r // {tp * dp})"
+    return [f"layout: {_count(plan.world_size, 'rank')} = TP {tp} x PP {pp} x DP {dp}{place}"]
+
+
+def _describe_vocabulary(plan: Plan, pair: PairConfig) -> list[str]:
+    rows = " and ".join(f"{name} {model.vocab_size:,}" for name, model in pair.models.items())
+    size = plan.vocab_rows
+    cut = f"; tensor rank t holds rows from {size:,} t to {size:,} (t + 1)"
+    alignment = pair.alignment
+    stops = f"student {list(alignment.student_ids)}"
+    if pair.teacher is not None:
+        stops += f", teacher {list(alignment.teacher_ids)}, "
+        stops += "the same" if alignment.is_trivial else f"merged into {alignment.stop_id}"
+    return [
+        f"vocabulary: {pair.tokenizer_size:,} ids; {rows} rows, padded to {plan.vocab_size:,}"
+        + (cut if plan.tp_size > 1 else ""),
+        f"stop ids: {stops}",
+    ]
+
+
+def _describe_models(plan: Plan) -> list[str]:
+    return [
+        f"{name}: {model.config.path} ({model.config.family}, {model.config.num_layers} layers, "
+        f"{model.num_parameters:,} parameters"
+        + (", tied embeddings)" if model.config.tied_embeddings else ")")
+        for name, model in plan.models.items()
+    ]
+
+
+def _describe_step(plan: Plan, config: Config) -> str:
+    step = plan.step
+    if step.max_length is None:
+        return (
+            f"step: {step.num_responses:,} given responses, in microbatches of up to "
+            f"{step.microbatch_tokens:,} tokens"
+        )
+    assert step.num_microbatches is not None
+    return (
+        f"step: {config.training.prompts_per_step:,} prompts x "
+        f"{config.rollout.rollouts_per_prompt:,} responses of up to {step.max_length:,} tokens = "
+        f"{step.num_responses * step.max_length:,}; {_count(step.num_microbatches, 'microbatch')} "
+        f"of {step.microbatch_tokens:,} a replica"
+    )
+
+
+def _describe_stages(plan: Plan) -> list[str]:
+    """A table of who holds which layers, and how many parameters that makes."""
+    rows = [["stage", "ranks"]]
+    for name in plan.models:
+        rows[0] += [f"{name}'s layers", "parameters"]
+    ranks_per_stage = plan.world_size // plan.pp_size
+    for stage in range(plan.pp_size):
+        first = stage * ranks_per_stage
+        row = [str(stage), _span(first, first + ranks_per_stage - 1)]
+        for model in plan.models.values():
+            share = model.stages[stage]
+            layers = _span(share.layers.start, share.layers.stop - 1)
+            row += [layers + _ends(stage, plan.pp_size), f"{share.num_parameters:,}"]
+        rows.append(row)
+    return _table(rows)
+
+
+def _ends(stage: int, pp_size: int) -> str:
+    """What a stage holds besides layers."""
+    held = ["embedding"] * (stage == 0) + ["output"] * (stage == pp_size - 1)
+    return "".join(f" + {part}" for part in held)
+
+
+def _describe_memory(plan: Plan, config: Config, memory: int | None) -> list[str]:
+    """Tables of gigabytes on each rank of a stage, a column for each stage."""
+    parts = {
+        "student's weights": [need.weights for need in plan.memory],
+        "gradients": [need.gradients for need in plan.memory],
+        "optimizer": [need.optimizer for need in plan.memory],
+        "teacher's weights": [need.teacher for need in plan.memory],
+        "FP8 copies of weights*": [need.fp8_copies for need in plan.memory],
+        "activations*": [need.activations for need in plan.memory],
+        "loss*": [need.loss for need in plan.memory],
+        "teacher's hidden states*": [need.hidden for need in plan.memory],
+        "= most in training": [need.training for need in plan.memory],
+    }
+    if config.training.precision != "fp8":
+        del parts["FP8 copies of weights*"]
+    if plan.step.max_length is not None:
+        caches = [need.cache(config.rollout.cache_gb, memory) for need in plan.memory]
+        parts["key/value cache"] = caches
+        parts["other parts of rollouts*"] = [need.rollouts for need in plan.memory]
+        parts["= most in rollouts"] = [
+            need.held + cache + need.rollouts
+            for need, cache in zip(plan.memory, caches, strict=True)
+        ]
+    lines = []
+    for start in range(0, plan.pp_size, _STAGES_PER_TABLE):
+        shown = range(start, min(start + _STAGES_PER_TABLE, plan.pp_size))
+        rows = [["GB on each rank, * estimated", *(f"stage {stage}" for stage in shown)]]
+        for name, values in parts.items():
+            rows.append([name, *(f"{values[stage] / GB:,.2f}" for stage in shown)])
+        lines += _table(rows)
+    return lines
+
+
+def _describe_cache(plan: Plan, config: Config, memory: int | None) -> list[str]:
+    if plan.step.max_length is None:
+        return []
+    need = max(plan.memory, key=lambda need: need.cache_one)
+    size = need.cache(config.rollout.cache_gb, memory)
+    line = (
+        f"cache: {need.cache_one / GB:,.2f} GB for a sequence of {plan.step.max_length:,} tokens, "
+        f"{need.cache_all / GB:,.2f} GB for all slots"
+    )
+    if size < need.cache_all:
+        line += f"; {size / GB:,.2f} GB hold {size // need.cache_one:,} of that length at a time"
+    elif config.rollout.cache_gb is None and memory is None:
+        line += f"; on a GPU at most {AUTO_CACHE_SHARE:.0%} of what the others leave"
+    return [line]
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("h") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,}-{last:,}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Columns aligned to the right, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]

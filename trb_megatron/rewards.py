@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from types import TracebackType
 
 # -P keeps this folder, and thus the package's module names, off the worker's import path.
 MATH_VERIFY_WORKER = (sys.executable, "-P", os.path.abspath(__file__))
+_START_S = 120.0
+_PARENT_GRACE_S = 5.0  # beyond a worker's own limit, for one that was stopped and cannot keep it
 _WORKER_MEMORY_BYTES = 4 * 2**30  # of address space: 9^{9^{9^9}} is refused, not computed
 
 
@@ -35,14 +38,14 @@ class RewardWorkers:
         self, workers: int, timeout_s: float, command: Sequence[str] = MATH_VERIFY_WORKER
     ) -> None:
         self._num_workers = workers
-        self._command = [*command, str(timeout_s)]
+        self._command, self._timeout_s = command, timeout_s
         self.num_timeouts = 0
 
     def __enter__(self) -> "RewardWorkers":
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads = ThreadPoolExecutor(self._num_workers, thread_name_prefix="rewards")
         for _ in range(self._num_workers):
-            self._idle.put(_Worker(self._command))
+            self._idle.put(_Worker(self._command, self._timeout_s))
         return self
 
     def __exit__(
@@ -77,7 +80,7 @@ class RewardWorkers:
             verdict = worker.grade(response, answers)
             if verdict is None:
                 worker.stop()
-                worker = _Worker(self._command)
+                worker = _Worker(self._command, self._timeout_s)
             return verdict
         finally:
             self._idle.put(worker)
@@ -86,30 +89,43 @@ class RewardWorkers:
 class _Worker:
     """The parent's end of one worker process."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: Sequence[str], timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         # A session of its own: Ctrl-C in the terminal is for the parent alone.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            [*command, str(timeout_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         self._is_ready = False
 
     def grade(self, response: str, answers: list[str]) -> bool | None:
-        """Send one response and wait for its verdict; None when the process ends instead."""
+        """Send one response and wait for its verdict; None when there is none in time."""
         if not self._is_ready:
             self._wait_until_ready()
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        stdin = self._process.stdin
+        assert stdin is not None
         try:
             stdin.write(json.dumps([response, answers]).encode() + b"\n")
             stdin.flush()
         except BrokenPipeError:
             return None
-        verdict = stdout.read(1)
+        verdict = self._read(self._timeout_s + _PARENT_GRACE_S)
         return None if verdict == b"" else verdict == b"1"
 
+    def _read(self, timeout_s: float) -> bytes:
+        """The next byte; empty when the process ended, or the time did."""
+        stdout = self._process.stdout
+        assert stdout is not None
+        ready, _, _ = select.select([stdout], [], [], timeout_s)
+        return stdout.read(1) if ready else b""
+
     def _wait_until_ready(self) -> None:
-        assert self._process.stdout is not None
-        if self._process.stdout.read(1) != b"r":
+        if self._read(_START_S) != b"r":
+            if self._process.poll() is None:
+                self.stop()
+                raise RuntimeError(f"a reward worker did not start within {_START_S:.0f} s")
             raise RuntimeError(
                 f"a reward worker ended with exit code {self._process.wait()} while starting; "
                 "its own message is in the log above"

@@ -33,7 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trb_megatron.batch import Rollout, TokenRecord
-from trb_megatron.config import ConfigError, RolloutConfig
+from trb_megatron.config import (
+    AUTO_CACHE_SHARE,
+    AUTO_PAGE_TOKENS,
+    ConfigError,
+    RolloutConfig,
+)
 from trb_megatron.decode_graphs import DecodeGraphs
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.drafting import (
@@ -53,9 +58,7 @@ from trb_megatron.pipeline import Announcement, take_turns
 from trb_megatron.policies import Policy, Sampling, Uniforms
 from trb_megatron.scheduler import Admission, Request, Scheduler, SequenceState, SlotGroup
 from trb_megatron.uniforms import rollout_key
-
-_FREE_MEMORY_SHARE = 0.8
-"""Of a GPU's free memory, the share that caches take where the configuration does not say."""
+from trb_megatron.vocab_parallel import RowError
 
 
 class RolloutEngine:
@@ -66,6 +69,8 @@ class RolloutEngine:
             policy needs it.
         config: slots, pages and memory of the cache, tokens of one prefill pass, and draft length.
         hidden_to_host: whether kept hidden states of the teacher leave the GPU at once.
+        other_bytes: memory of a GPU that a cache without a configured size leaves to the rest of
+            the rollouts.
     """
 
     def __init__(
@@ -75,12 +80,14 @@ class RolloutEngine:
         layout: ParallelLayout,
         config: RolloutConfig,
         hidden_to_host: bool = False,
+        other_bytes: int = 0,
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.layout = layout
         self.config = config
         self.hidden_to_host = hidden_to_host
+        self.other_bytes = other_bytes
         self.page_tokens = _page_tokens(config, self._flash_attention)
         self.draft_costs: DraftCosts | None = None
         """What `draft_tokens: auto` decides by; measured by `measure_draft_costs`."""
@@ -181,9 +188,10 @@ class RolloutEngine:
         if self.config.cache_gb is not None:
             fitting = min(fitting, int(self.config.cache_gb * 1e9 / page_bytes) - 1)
         elif self.layout.device.type == "cuda":
-            # The first passes make these copies, when the cache is there already.
-            promised = sum(model.fp8_copy_bytes for model in models)
-            free_bytes = _FREE_MEMORY_SHARE * (_free_gpu_memory(self.layout.device) - promised)
+            # The first passes make the copies, when the cache is there already.
+            copies = sum(model.fp8_copy_bytes for model in models)
+            free = _free_gpu_memory(self.layout.device) - copies
+            free_bytes = min(AUTO_CACHE_SHARE * free, free - self.other_bytes)
             fitting = min(fitting, int(free_bytes / page_bytes) - 1)
         worst = torch.tensor([fitting, -page_bytes], device=self.layout.device)
         for group in (self.layout.tp_group, self.layout.pp_group):
@@ -201,7 +209,7 @@ class RolloutEngine:
 
 def _page_tokens(config: RolloutConfig, flash_attention: int | None) -> int:
     if config.page_tokens == "auto":
-        return 256 if flash_attention == 2 else 64
+        return 256 if flash_attention == 2 else AUTO_PAGE_TOKENS
     if flash_attention == 2 and config.page_tokens % 256 != 0:
         raise ConfigError(
             f"rollout.page_tokens={config.page_tokens}: flash-attention 2 reads pages of 256 "
@@ -341,8 +349,9 @@ class _Run:
         student_SGU, drafted_SG = yield from self._draft(view)
         teacher_NU, teacher_NH = self._score(view, drafted_SG)
         record, drawn_2SG = None, None
+        problems: dict[int, str] = {}
         if student_SGU is not None:
-            token_ids_N, record = self.policy.draw(
+            token_ids_N, record, problems = self._draw(
                 student_SGU.flatten(0, 1), teacher_NU, view.uniforms(0, num_positions)
             )
             drawn_2SG = torch.stack([token_ids_N, record.accepted.long()]).view(2, *view.shape)
@@ -351,6 +360,7 @@ class _Run:
         counts = self._commit(group, announced.wait(), drafted_SG)
         if record is not None:
             self._keep(group.sequences, counts, record, teacher_NH)
+        self._note_problems(group.sequences, counts, problems, num_positions)
         self.scheduler.retire(group)
 
     def _draft(self, view: _RoundView) -> Generator[None, None, tuple[Tensor | None, Tensor]]:
@@ -392,6 +402,44 @@ class _Run:
         if hidden_NH is None:
             return None, None
         return self.teacher.project(hidden_NH), hidden_NH
+
+    def _draw(
+        self, student_NU: Tensor, teacher_NU: Tensor | None, uniforms: Uniforms
+    ) -> tuple[Tensor, TokenRecord, dict[int, str]]:
+        """The policy's draw, and the problem of each row whose logits cannot be used.
+
+        Such a row draws from equal logits instead: the rollouts of all ranks go on together, and
+        the caller decides what becomes of them.
+        """
+        problems: dict[int, str] = {}
+        while True:
+            try:
+                token_ids_N, record = self.policy.draw(student_NU, teacher_NU, uniforms)
+            except RowError as error:
+                if problems.keys() & error.rows:
+                    raise  # equal logits don't help
+                rows = list(error.rows)
+                problems |= dict.fromkeys(rows, error.problem)
+                for logits_NU in (student_NU, teacher_NU):
+                    if logits_NU is not None:
+                        logits_NU[rows] = 0.0
+            else:
+                return token_ids_N, record, problems
+
+    def _note_problems(
+        self,
+        sequences: Sequence[SequenceState],
+        counts: list[int],
+        problems: dict[int, str],
+        num_positions: int,
+    ) -> None:
+        """Remember the first problem of each sequence among its committed tokens."""
+        for row, problem in sorted(problems.items()):
+            sequence, count = sequences[row // num_positions], counts[row // num_positions]
+            position = row % num_positions
+            if position < count and sequence.problem is None:
+                number = len(sequence.response_ids) - count + position
+                sequence.problem = f"{problem} at token {number}"
 
     def _commit(self, group: SlotGroup, drawn_2SG: Tensor, drafted_SG: Tensor) -> list[int]:
         """Append what was drawn to the sequences; how many tokens each of them got."""
@@ -451,6 +499,7 @@ class _Run:
                 teacher_calls=sequence.num_teacher_calls,
                 teacher_hidden=of_sequence.pop("teacher_hidden", None),
                 record=TokenRecord(**of_sequence) if of_sequence else None,
+                problem=sequence.problem,
             )
             for sequence, of_sequence in zip(sequences, self._columns_by_sequence(), strict=True)
         ]
@@ -462,8 +511,9 @@ class _Run:
         number_N = torch.tensor([number for numbers, _ in self.records for number in numbers])
         order_N = torch.argsort(number_N, stable=True)
         lengths = [len(sequence.response_ids) for sequence in self.scheduler.sequences]
-        for name in self.records[0][1]:
-            values_N = torch.cat([kept[name] for _, kept in self.records])
+        for name in list(self.records[0][1]):
+            # Hidden states are large: what was concatenated is let go before it is sorted.
+            values_N = torch.cat([kept.pop(name) for _, kept in self.records])
             values_N = values_N[order_N.to(values_N.device)]
             for of_sequence, values in zip(columns, values_N.split(lengths), strict=True):
                 of_sequence[name] = values

@@ -51,6 +51,8 @@ class SequenceState:
     start: int = -1
     """Place among all sequences by the time of their first admission."""
     num_teacher_calls: int = 0
+    problem: str | None = None
+    """Of the first token whose logits could not be used."""
 
     @property
     def token_ids(self) -> list[int]:

@@ -1,13 +1,20 @@
 """Train a student: distillation or supervised, as the configuration says.
 
     torchrun --nproc-per-node 2 -m trb_megatron.train CONFIG.yaml [section.key=value ...]
+    python -m trb_megatron.train CONFIG.yaml [section.key=value ...] --dry-run [--world-size N]
 
 A run that was interrupted continues from its last checkpoint when it is started again.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trb_megatron.config import Config
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -15,25 +22,89 @@ def main(arguments: list[str] | None = None) -> None:
     # Checkpoint writers are spawned processes that import this module again: keep that light.
     from trb_megatron import distributed
     from trb_megatron.config import load_config
+    from trb_megatron.supervision import setup_errors, supervised_job
 
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    with distributed.user_errors():
-        if not arguments:
-            raise ValueError("CONFIG.yaml is missing; --help says how to call this")
-        config = load_config(arguments[0], arguments[1:])
-        layout = distributed.initialize(config.parallel, seed=config.run.seed)
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    if not options.dry_run and (options.world_size or options.memory_gb):
+        parser.error("--world-size and --memory-gb are for --dry-run")
+    with supervised_job():
+        with setup_errors():
+            config = load_config(options.config, options.overrides)
+            if options.dry_run:
+                dry_run(config, options.world_size, options.memory_gb)
+                return
+            layout = distributed.initialize(config.parallel, seed=config.run.seed)
 
-    from trb_megatron.evaluate import start_reward_workers
-    from trb_megatron.trainer import Trainer
+        from trb_megatron.evaluate import start_reward_workers
+        from trb_megatron.trainer import Trainer
 
-    with start_reward_workers(config.rewards, layout) as rewards:
-        with distributed.user_errors():
-            trainer = Trainer(config, layout, rewards)
-        trainer.train()
-    distributed.shutdown()
+        with start_reward_workers(config.rewards, layout) as rewards:
+            with setup_errors():
+                trainer = Trainer(config, layout, rewards)
+            trainer.train()
+        distributed.shutdown()
+
+
+def dry_run(config: Config, world_size: int | None = None, memory_gb: float | None = None) -> None:
+    """Print what would lie where on `world_size` ranks (default: one replica), and start nothing.
+
+    Of the models' folders it reads configurations and tokenizers, and of the data nothing.
+
+    Raises:
+        ValueError: a run that would be refused, or that does not fit into `memory_gb` on each GPU.
+    """
+    from trb_megatron.pair_config import PairConfig
+    from trb_megatron.plan import GB, check_memory, make_plan
+    from trb_megatron.report import describe_plan
+
+    parallel = config.parallel
+    one_replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    pair = PairConfig.read(config, with_teacher=config.training.task == "distill")
+    plan = make_plan(config, pair, world_size or one_replica)
+    memory = None if memory_gb is None else int(memory_gb * GB)
+    print("\n".join(describe_plan(plan, pair, config, memory)))
+    if memory is not None:
+        check_memory(plan, config, memory)
+    print("dry run: this would start (weights, prompts and problems were not read)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from trb_megatron.config import command_line
+
+    parser = command_line(__doc__)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would lie where, in one process without GPUs or weights, and stop; exit "
+        "status 2 where the run would be refused",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=_positive(int),
+        metavar="N",
+        help="for --dry-run: the number of ranks (default: one model replica)",
+    )
+    parser.add_argument(
+        "--memory-gb",
+        type=_positive(float),
+        metavar="G",
+        help="for --dry-run: memory of each GPU, to refuse what would not fit",
+    )
+    return parser
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """An argument's parser that wants a finite number above zero."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when `kind` cannot read the text
+    return parse
 
 
 if __name__ == "__main__":

@@ -53,20 +53,23 @@ from trb_megatron.config import (
 )
 from trb_megatron.distributed import ParallelLayout, gather_from_leaders, is_rank_zero
 from trb_megatron.drafting import DraftCosts
-from trb_megatron.evaluate import Evaluator
+from trb_megatron.evaluate import Evaluator, load_problem_sets
 from trb_megatron.forward import forward_backward, forward_hidden
 from trb_megatron.fused_loss import OutputLayer, fused_loss
 from trb_megatron.hf_weights import save_hf_checkpoint
 from trb_megatron.loss import LossOptions
 from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
-from trb_megatron.models import common_token_multiple
+from trb_megatron.models import common_token_multiple, flash_attention_version
+from trb_megatron.nonfinite import NonFiniteGuard, find_in_gradients, find_in_rollouts
 from trb_megatron.optimizer import (
     build_optimizer,
     learning_rate_at,
     set_learning_rate,
     wrap_student,
 )
+from trb_megatron.pair_config import PairConfig
+from trb_megatron.plan import Plan, check_memory, make_plan
 from trb_megatron.policies import (
     BlendPolicy,
     Policy,
@@ -76,14 +79,12 @@ from trb_megatron.policies import (
     TeacherPolicy,
 )
 from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
-from trb_megatron.report import describe_environment, describe_precision
+from trb_megatron.report import describe_environment, describe_plan, describe_precision
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
 from trb_megatron.scheduler import Request
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is NaN or infinite; the message names step and rank."""
+from trb_megatron.stopping import StopRequests
+from trb_megatron.vocab_parallel import RowError
 
 
 class Trainer:
@@ -104,7 +105,9 @@ class Trainer:
         self.rewards = rewards
         self.run_dir = config.run.dir
         self.is_distilling = config.training.task == "distill"
-        for line in describe_environment(layout, DTYPES[config.training.precision]):
+        dtype = DTYPES[config.training.precision]
+        kernel = flash_attention_version(layout.device, dtype)
+        for line in describe_environment(layout.device, kernel):
             say(line)
         for line in describe_precision(config):
             say(line)
@@ -112,11 +115,11 @@ class Trainer:
             say(f"warning: {warning}")
         _check_run_folder(config)
 
-        self.models = ModelPair.load(config, layout, with_teacher=self.is_distilling, say=say)
-        self._check_sizes()
+        self.pair = PairConfig.read(config, with_teacher=self.is_distilling)
+        plan = self._plan()
         self.prompt_set = load_prompts(
             config.data.path,
-            self.models.tokenizer,
+            self.pair.tokenizer,
             format=config.data.format,
             prompt_column=config.data.prompt_column,
             answer_column=config.data.answer_column,
@@ -132,11 +135,12 @@ class Trainer:
         )
         self.answers = {prompt.index: prompt.answer for prompt in self.prompt_set.prompts}
         self.order = PromptOrder(len(self.prompt_set.prompts), config.run.seed, config.data.shuffle)
+        problem_sets = load_problem_sets(config, self.pair.tokenizer)
 
+        self.models = ModelPair.load(self.pair, config, layout, say=say)
+        _check_counts(plan, self.models, layout)
         self.student = wrap_student(self.models.student, config.optimizer)
-        self.optimizer = build_optimizer(
-            self.student, config.optimizer, DTYPES[config.training.precision]
-        )
+        self.optimizer = build_optimizer(self.student, config.optimizer, dtype)
         self.student.config.finalize_model_grads_func = self._finalize_gradients
         self.engine = RolloutEngine(
             self.models.student,
@@ -144,11 +148,14 @@ class Trainer:
             layout,
             config.rollout,
             hidden_to_host=config.training.teacher_hidden_device == "host",
+            other_bytes=plan.memory[layout.pp_rank].rollouts,
         )
-        self.evaluator = Evaluator(config, self.models, self.engine, rewards, layout)
+        self.evaluator = Evaluator(config, self.pair, problem_sets, self.engine, rewards, layout)
         self.timer = PhaseTimer()
+        self.guard = NonFiniteGuard(config.training.max_nonfinite_steps)
         self.step = 0
         self.prompt_position = 0
+        self.evaluation_is_due = config.evaluation.at_start
         self._resume()
         if self.is_distilling:
             self.engine.check_cache(
@@ -163,23 +170,35 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def train(self) -> None:
-        """Run all remaining steps, evaluating and saving on the way, and export the student."""
+        """Run all remaining steps, evaluating and saving on the way, and export the student.
+
+        Asked to stop (see `stopping`), finish the step, save and return; the evaluation that the
+        step may have been due for is made up for when the run goes on.
+        """
         config = self.config
-        with RunLog(config, self.step) as log:
-            if self.step == 0 and config.evaluation.at_start and config.evaluation.sets:
-                log.record(0, self._evaluate(log))
+        with RunLog(config, self.step) as log, StopRequests() as stop_requests:
+            if self.evaluation_is_due:
+                log.add(self.step, self._evaluate(log))
             while self.step < config.training.steps:
                 metrics = self.train_step()
                 is_last = self.step == config.training.steps
-                is_due = self.step % config.evaluation.every == 0
-                if config.evaluation.at_end if is_last else is_due:
+                is_periodic = self.step % config.evaluation.every == 0
+                self.evaluation_is_due = config.evaluation.at_end if is_last else is_periodic
+                stop_reason = None if is_last else stop_requests.agree()
+                if self.evaluation_is_due and not stop_reason:
                     metrics |= self._evaluate(log)
                 log.record(self.step, metrics)
-                if self.step % config.checkpoint.every == 0 or is_last:
+                if self.step % config.checkpoint.every == 0 or is_last or stop_reason:
                     self._save()
+                if stop_reason:
+                    log.write(
+                        f"stopped by {stop_reason} after step {self.step} of "
+                        f"{config.training.steps}; start the same command again to go on"
+                    )
+                    return
         if config.checkpoint.export_hf:
             target = self.run_dir / "hf"
-            save_hf_checkpoint(self.models.student, self.models.student_config, self.layout, target)
+            save_hf_checkpoint(self.models.student, self.pair.student, self.layout, target)
             say(f"exported the student to {target}")
 
     def train_step(self) -> dict[str, float]:
@@ -189,6 +208,26 @@ class Trainer:
         with self.timer.phase("rollout"):
             rollouts = self._rollout(prompts, policy)
         rewards = self._score(rollouts)
+        loss_sums, lr, grad_norm = {"loss": torch.tensor(torch.nan)}, torch.nan, torch.nan
+        with self.guard.skipping():
+            self.guard.check(find_in_rollouts(rollouts), self.step)
+            loss_sums, lr, grad_norm = self._train_on(rollouts, policy)
+        metrics = self._metrics(rollouts, rewards, loss_sums)
+        metrics |= {
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "optim/skipped_steps": self.guard.num_skipped,
+        }
+        if self.is_distilling and self.config.behavior.policy == "trb":
+            metrics["behavior/kl_budget"] = self._kl_budget()
+        self.step += 1
+        self.prompt_position += self.config.training.prompts_per_step
+        return metrics
+
+    def _train_on(
+        self, rollouts: Sequence[Rollout], policy: Policy
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """Stages 4 to 6: sums of the loss and its metrics, learning rate and gradient norm."""
         microbatches = build_microbatches(
             self._balance(rollouts),
             self.config.training.max_tokens_per_microbatch,
@@ -200,14 +239,7 @@ class Trainer:
                 microbatches = self._add_teacher_hidden(microbatches)
         with self.timer.phase("train"):
             loss_sums = self._forward_backward(microbatches)
-            lr, grad_norm = self._update()
-        metrics = self._metrics(rollouts, rewards, loss_sums)
-        metrics |= {"optim/lr": lr, "optim/grad_norm": grad_norm}
-        if self.is_distilling and self.config.behavior.policy == "trb":
-            metrics["behavior/kl_budget"] = self._kl_budget()
-        self.step += 1
-        self.prompt_position += self.config.training.prompts_per_step
-        return metrics
+            return loss_sums, *self._update()
 
     # ------------------------------------------------------------------ stages of a step
 
@@ -218,7 +250,7 @@ class Trainer:
     def _policy(self) -> Policy:
         """What this step's rollouts are sampled from; after the warmup it is the student."""
         behavior, kl_budget, sampling = self.config.behavior, self._kl_budget(), self._sampling()
-        alignment, tp_group = self.models.alignment, self.layout.tp_group
+        alignment, tp_group = self.pair.alignment, self.layout.tp_group
         is_warmup = self.is_distilling and self.step < behavior.warmup_steps
         if is_warmup and behavior.policy == "skd":
             return SKDPolicy(
@@ -255,15 +287,15 @@ class Trainer:
         return Sampling(
             temperature=self.config.rollout.temperature,
             max_response_tokens=self.config.rollout.max_response_tokens,
-            stop_ids=self.models.student_stop_ids,
+            stop_ids=self.pair.stop_ids,
             seed=self.config.run.seed,
             step=self.step,
-            num_valid=self.models.tokenizer_size,
+            num_valid=self.pair.tokenizer_size,
         )
 
     def _supervised_example(self, prompt: Prompt) -> Rollout:
         assert prompt.response_ids is not None
-        response_ids = (*prompt.response_ids, self.models.student_stop_ids[0])
+        response_ids = (*prompt.response_ids, self.pair.stop_ids[0])
         return Rollout(prompt.index, 0, prompt.token_ids, response_ids, stopped=True)
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[float]:
@@ -273,7 +305,7 @@ class Trainer:
         answers = [self.answers.get(rollout.prompt_index) for rollout in rollouts]
         graded = [(r, answer) for r, answer in zip(rollouts, answers, strict=True) if answer]
         return self.rewards.score(
-            [self.models.decode(rollout.response_ids) for rollout, _ in graded],
+            [self.pair.decode(rollout.response_ids) for rollout, _ in graded],
             [answer for _, answer in graded],
         )
 
@@ -318,7 +350,8 @@ class Trainer:
 
     def _forward_backward(self, microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
         """Gradients of the global mean loss per token; sums of the loss and its metrics."""
-        self._loss_is_finite = True
+        self._microbatches = microbatches
+        self._loss_problem: str | None = None
         self.student.train()
         self.student.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -335,38 +368,49 @@ class Trainer:
         if models.teacher is not None:
             assert microbatch.teacher_hidden_NH is not None
             teacher = OutputLayer(microbatch.teacher_hidden_NH, models.teacher.output_weight)
-            alignment = models.alignment
+            alignment = self.pair.alignment
         weight = models.student.output_weight
         veto_remaining = 1.0 - self.step / self.config.training.steps
-        output = fused_loss(
-            loss.name,
-            OutputLayer(hidden_NH, weight),
-            teacher,
-            options=LossOptions(
-                top_k=loss.top_k,
-                temperature=loss.temperature,
-                jsd_weight=loss.jsd_weight,
-                veto_coef=loss.veto_coef * veto_remaining,
-            ),
-            tp_group=self.layout.tp_group,
-            num_valid=models.tokenizer_size,
-            alignment=alignment,
-            sampled_ids=microbatch.labels_N,
-            weight_grad_UH=weight.main_grad,
-            workspace_bytes=loss.workspace_mb * 10**6,
-        )
-        self._loss_is_finite &= bool(output.loss_sum.isfinite())
+        try:
+            output = fused_loss(
+                loss.name,
+                OutputLayer(hidden_NH, weight),
+                teacher,
+                options=LossOptions(
+                    top_k=loss.top_k,
+                    temperature=loss.temperature,
+                    jsd_weight=loss.jsd_weight,
+                    veto_coef=loss.veto_coef * veto_remaining,
+                ),
+                tp_group=self.layout.tp_group,
+                num_valid=self.pair.tokenizer_size,
+                alignment=alignment,
+                sampled_ids=microbatch.labels_N,
+                weight_grad_UH=weight.main_grad,
+                workspace_bytes=loss.workspace_mb * 10**6,
+            )
+        except RowError as error:
+            # The other stages are in the middle of the schedule: go through with it.
+            self._note_loss_problem(error.problem, microbatch, error.rows[0])
+            return 0.0 * hidden_NH.sum(), {}
+        if not output.loss_sum.isfinite():
+            (rows,) = output.per_token.isfinite().logical_not().nonzero(as_tuple=True)
+            self._note_loss_problem("the loss is not finite", microbatch, int(rows[0]))
         sums = {f"loss/{name}": values.sum() for name, values in output.metrics.items()}
         return output.loss_sum, {"loss": output.loss_sum.detach(), **sums}
 
+    def _note_loss_problem(self, problem: str, microbatch: Microbatch, row: int) -> None:
+        if self._loss_problem is None:
+            self._loss_problem = f"{problem} at {microbatch.describe(row)}"
+
     def _finalize_gradients(self, models: list[Any], *args: Any, **kwargs: Any) -> None:
         """Stop on a non-finite loss or gradient while it is known whose it is, then reduce."""
+        # The loss first: it is the reason where both are not finite, perhaps on other ranks.
+        self.guard.check(self._loss_problem, self.step)
         problem = None
-        if not self._loss_is_finite:
-            problem = "loss"
-        elif not all(bool(buffer.grad_data.isfinite().all()) for buffer in self.student.buffers):
-            problem = "gradient"
-        _stop_if_any(problem, self.step)
+        if not all(bool(buffer.grad_data.isfinite().all()) for buffer in self.student.buffers):
+            problem = find_in_gradients(self.models.student, self._microbatches)
+        self.guard.check(problem, self.step)
         finalize_model_grads(models, *args, **kwargs)
 
     def _update(self) -> tuple[float, float]:
@@ -416,6 +460,7 @@ class Trainer:
 
     def _evaluate(self, log: RunLog) -> dict[str, float]:
         """Evaluate every set and show the result; the step's clock does not run meanwhile."""
+        self.evaluation_is_due = False
         metrics: dict[str, float] = {}
         for name, result in self.evaluator.evaluate().items():
             log.write(f"step {self.step} | {name}: {result}")
@@ -425,30 +470,17 @@ class Trainer:
 
     # ------------------------------------------------------------------ set-up, save and resume
 
-    def _check_sizes(self) -> None:
-        config, models = self.config, self.models
-        num_ids = models.tokenizer_size - len(models.alignment.removed_ids)
-        top_k = {"loss.top_k": config.loss.top_k}
-        if config.behavior.policy == "skd":
-            top_k["behavior.skd_top_k"] = config.behavior.skd_top_k
-        for key, value in top_k.items():
-            if value > num_ids:
-                raise ConfigError(
-                    f"{key}={value} exceeds the vocabulary of {num_ids} ids, "
-                    "stop ids merged; lower it"
-                )
-        num_responses = config.training.prompts_per_step
-        if self.is_distilling:
-            num_responses *= config.rollout.rollouts_per_prompt
-            models.check_length(
-                config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-                "data.max_prompt_tokens + rollout.max_response_tokens",
-            )
-        if num_responses < self.layout.dp_size:
-            raise ConfigError(
-                f"training.prompts_per_step: a step of {num_responses} responses leaves some of "
-                f"the {self.layout.dp_size} data-parallel replicas without work; raise it"
-            )
+    def _plan(self) -> Plan:
+        """Where everything will lie, said and, on a GPU, compared with its free memory."""
+        plan = make_plan(self.config, self.pair, dist.get_world_size())
+        memory = None
+        if self.layout.device.type == "cuda":
+            memory, _ = torch.cuda.mem_get_info(self.layout.device)
+        for line in describe_plan(plan, self.pair, self.config, memory):
+            say(line)
+        if memory is not None:
+            check_memory(plan, self.config, memory)
+        return plan
 
     def _draft_costs(self) -> DraftCosts:
         """Costs of a rollout's rounds, measured when a run first starts and kept in its folder."""
@@ -464,6 +496,8 @@ class Trainer:
         return TrainingState(
             step=self.step,
             prompt_position=self.prompt_position,
+            num_skipped=self.guard.num_skipped,
+            evaluation_is_due=self.evaluation_is_due,
             data_fingerprint=self.prompt_set.fingerprint,
             config=self.config.model_dump(mode="json"),
         )
@@ -474,7 +508,7 @@ class Trainer:
             self.student,
             self.optimizer,
             self._state(),
-            self.models.student_config,
+            self.pair.student,
             self.config.checkpoint.keep,
         )
         self.timer.finish_step()
@@ -492,6 +526,8 @@ class Trainer:
             )
         load_checkpoint(checkpoints[-1], self.student, self.optimizer)
         self.step, self.prompt_position = state.step, state.prompt_position
+        self.guard.num_skipped = state.num_skipped
+        self.evaluation_is_due = state.evaluation_is_due
         say(f"resumed from {checkpoints[-1]}")
 
 
@@ -524,23 +560,36 @@ class RunLog:
             self._progress.write(line)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of a finished step (0: before the first) and show its progress."""
+        """Write the metrics of a finished step and show its progress."""
         if not is_rank_zero():
             return
         self._metrics.log(step, metrics)
-        if step > 0:
-            self._progress.update(
-                step,
-                loss=metrics["loss"],
-                reward=metrics.get("rollout/reward"),
-                tokens_per_s=metrics["perf/tokens_per_s"],
-            )
+        self._progress.update(
+            step,
+            loss=metrics["loss"],
+            reward=metrics.get("rollout/reward"),
+            tokens_per_s=metrics["perf/tokens_per_s"],
+        )
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Write further metrics of a step that is recorded already, or of step 0."""
+        if is_rank_zero() and metrics:
+            self._metrics.add(step, metrics)
 
 
 def say(line: str) -> None:
     """Print a line on rank 0."""
     if is_rank_zero():
         print(line, flush=True)
+
+
+def _check_counts(plan: Plan, models: ModelPair, layout: ParallelLayout) -> None:
+    """Make sure that this rank's parameters are those that the plan gave it."""
+    for name, model in (("student", models.student), ("teacher", models.teacher)):
+        if model is not None:
+            planned = plan.models[name].stages[layout.pp_rank].num_parameters
+            found = sum(param.numel() for param in model.parameters())
+            assert found == planned, f"{name}: {found} parameters where the plan has {planned}"
 
 
 def _averages(total: dict[str, float]) -> dict[str, float]:
@@ -563,21 +612,6 @@ def _averages(total: dict[str, float]) -> dict[str, float]:
         metrics["rollout/reward"] = total["reward"] / total["rewards"]
         metrics["rollout/reward_timeouts"] = total["timeouts"]
     return metrics
-
-
-def _stop_if_any(problem: str | None, step: int) -> None:
-    """Raise on all ranks when one of them has a problem. An all-gather over the world.
-
-    Raises:
-        NonFiniteError: names the first such rank.
-    """
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for rank, found in enumerate(problems):
-        if found is not None:
-            raise NonFiniteError(
-                f"step {step}: the {found} of rank {rank} is not finite; nothing was updated"
-            )
 
 
 def _check_run_folder(config: Config) -> None:

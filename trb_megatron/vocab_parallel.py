@@ -173,29 +173,37 @@ def combine_softmax(logits_NU: Tensor, partials_RN3: Tensor) -> Softmax:
     return Softmax(logits_NU, max_N, log_sum_N, log_sum_N - weighted_N / sum_N)
 
 
+class RowError(ValueError):
+    """Rows of logits that cannot be used: `problem` says why, `rows` counts from 0."""
+
+    def __init__(self, problem: str, rows: Sequence[int]) -> None:
+        super().__init__(f"{problem} in row {rows[0]}")
+        self.problem, self.rows = problem, tuple(rows)
+
+
 def raise_at_row(problems: dict[str, Tensor]) -> None:
-    """Raise ValueError with the first problem that a row has and the first such row.
+    """Raise RowError with the first problem that a row has and all rows that have it.
 
     `problems` maps messages to booleans [N]. The host waits for the device once.
     """
     if torch.stack(tuple(problems.values())).any():
         for problem, bad_N in problems.items():
             if bad_N.any():
-                raise ValueError(f"{problem} in row {int(bad_N.nonzero()[0, 0])}")
+                raise RowError(problem, bad_N.nonzero()[:, 0].tolist())
 
 
-def softmax(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Softmax:
+def softmax(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None, name: str = "the") -> Softmax:
     """Normalize sharded logits, after an upcast to fp32.
 
-    One all-gather over `tp_group`; logits sharded, normalizers replicated. Raises ValueError, on
-    all ranks alike, for a row that holds a NaN, a +inf or no existing id at all.
+    One all-gather over `tp_group`; logits sharded, normalizers replicated. Raises RowError, on all
+    ranks alike, for a row that holds a NaN, a +inf or no existing id at all; `name` says whose.
     """
     logits_NU = logits_NU.float()
     partials_N3 = torch.cat(
         [shard_softmax(logits_NU[rows]).partials_N3 for rows in row_blocks(logits_NU)]
     )
     normalized = combine_softmax(logits_NU, all_gather(partials_N3, tp_group))
-    raise_at_row(normalized.problems("the"))
+    raise_at_row(normalized.problems(name))
     return normalized
 
 
