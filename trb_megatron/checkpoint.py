@@ -283,7 +283,8 @@ def load_checkpoint(
         TrainingCheckpointError: the checkpoint cannot be read.
     """
     state = _load(checkpoint, _sharded_state(student, optimizer, is_loading=True))
-    student.module.load_state_dict(state["model"])
+    # Not strict: Transformer Engine's extra states are not saved.
+    student.module.load_state_dict(state["model"], strict=False)
     load_optimizer_state(optimizer, state["optimizer"])
 
 

@@ -105,6 +105,7 @@ LossName = Literal[
     "veto",
     "cross_entropy",
 ]
+FP8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
 
 class Section(BaseModel):
@@ -166,7 +167,11 @@ class TrainingConfig(Section):
     task: Literal["distill", "supervised"] = "distill"
     steps: Count = 400
     prompts_per_step: Annotated[int, _between(1, 2**20)] = 64
-    precision: Literal["fp32", "bf16"] = "bf16"
+    # fp8: the layers' matrix products of both models; all else is that of bf16
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    # how fp8 scales are found. tensorwise needs the least hardware and keeps nothing between
+    # passes, so that rollouts and resumes leave no trace
+    fp8_recipe: FP8Recipe = "tensorwise"
     max_tokens_per_microbatch: Count = 16384
     # where the teacher's hidden states wait for the loss: host (pinned memory) makes room on a GPU
     teacher_hidden_device: Literal["device", "host"] = "device"
@@ -385,11 +390,17 @@ def _find_supervised_conflicts(config: Config) -> Iterator[str]:
 
 def _find_general_conflicts(config: Config) -> Iterator[str]:
     parallel, data, loss, evaluation = config.parallel, config.data, config.loss, config.evaluation
-    optimizer = config.optimizer
+    optimizer, training = config.optimizer, config.training
     if optimizer.lr * optimizer.weight_decay >= 1:
         yield (
             f"optimizer.weight_decay: each update would multiply the weights with 1 - optimizer.lr "
             f"* optimizer.weight_decay = {1 - optimizer.lr * optimizer.weight_decay:g}; lower it"
+        )
+    is_default = training.fp8_recipe == TrainingConfig.model_fields["fp8_recipe"].default
+    if training.precision != "fp8" and not is_default:
+        yield (
+            f"training.fp8_recipe: training.precision={training.precision} does not use it; set "
+            "training.precision=fp8, or leave it out"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield (
@@ -589,11 +600,12 @@ def _key_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 # ---------------------------------------------------------------- is this the same run?
 
 # What may change between a run and its resume: none of it alters what the next step computes
-# (except by rounding, for another layout).
+# (except by rounding, for another layout or FP8 recipe).
 _MAY_CHANGE = (
     "run.dir",
     "parallel",
     "training.steps",
+    "training.fp8_recipe",
     "training.max_tokens_per_microbatch",
     "training.teacher_hidden_device",
     "training.max_nonfinite_steps",
@@ -633,6 +645,8 @@ def _fixed_values(config: Config) -> dict[str, Any]:
                 flat["training.steps"] = value  # the veto coefficient decays over them
             elif section not in _MAY_CHANGE and f"{section}.{key}" not in _MAY_CHANGE:
                 flat[f"{section}.{key}"] = value
+    if config.training.precision == "fp8":
+        flat["training.precision"] = "bf16"  # what weights and optimizer state are, in both
     return flat
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from trb_megatron.batch import Microbatch
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
-from trb_megatron.models import HiddenStateGPTModel, token_multiple
+from trb_megatron.models import HiddenStateGPTModel
 from trb_megatron.pipeline import StageLink
 
 LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
@@ -54,8 +54,7 @@ class CachedModel:
         self.cache.batch = batch
         num_rows = batch.positions_N.numel()
         if not layout.is_first_stage:
-            num_received = num_rows // token_multiple(model.config)
-            shape = (num_received, 1, model.config.hidden_size)
+            shape = (num_rows // model.num_sequence_shards, 1, model.config.hidden_size)
             model.set_input_tensor(self._link.receive(shape, model.config.params_dtype))
         tokens_1N = F.pad(tokens_N, (0, num_rows - tokens_N.numel()))[None]
         hidden_N1H = model(tokens_1N, batch.positions_N[None], None, inference_context=self.cache)

@@ -36,7 +36,7 @@ class RaggedBatch:
         kv_lengths_S: tokens of each sequence including the new ones.
         block_table_SP: pages of each sequence.
         cache_index_N: page * page_tokens + offset at which each new token is stored.
-        num_tokens: new tokens without padding; rows beyond are padding for sequence parallelism.
+        num_tokens: new tokens without padding; rows beyond are padding.
         page_tokens: tokens of a page.
         max_query_length, max_kv_length: the largest entry, and at least the largest, as numbers.
     """

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -37,6 +41,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from trb_megatron import fp8
+from trb_megatron.config import FP8Recipe
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.hf_config import HFModelConfig, check_layout, layers_of_stages
 from trb_megatron.kv_cache import PagedKVCache
@@ -146,7 +152,7 @@ class PagedSelfAttention(SelfAttention):
         else:
             batch = cache.batch
             context = self.flash_decode_and_prefill(
-                query,
+                query[: batch.num_tokens],
                 keys,
                 values,
                 batch.max_query_length,
@@ -155,9 +161,11 @@ class PagedSelfAttention(SelfAttention):
                 batch.cu_kv_lengths,
                 batch.kv_lengths_S.int(),
                 batch.block_table_SP.int(),
-                # The kernel for decoding wants one row for each sequence, without padding.
-                batch.max_query_length == 1 and len(query) == batch.num_tokens,
+                batch.max_query_length == 1,
             )
+            if len(query) > batch.num_tokens:
+                # Zeros, since one scale of FP8 may serve all rows.
+                context = F.pad(context, (0, 0, 0, 0, 0, 0, 0, len(query) - batch.num_tokens))
         output, _ = self.linear_proj(context.flatten(2))
         return output
 
@@ -212,7 +220,53 @@ class HiddenStateGPTModel(GPTModel):
 
     Keeping the two apart lets a loss walk the vocabulary projection in pieces, so that no
     [tokens, vocabulary] tensor of a whole batch exists.
+
+    Attributes:
+        token_multiple: the number of tokens of a forward pass must be a multiple of it.
     """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.token_multiple = self.num_sequence_shards * (fp8.MULTIPLE if config.fp8 else 1)
+
+    @property
+    def num_sequence_shards(self) -> int:
+        """Ranks that the tokens between the layers are cut over, for sequence parallelism."""
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+
+    @property
+    def fp8_copy_bytes(self) -> int:
+        """Memory of the FP8 copies of the layers' weights, which the first pass makes."""
+        if self.config.fp8 is None:
+            return 0
+        return sum(param.numel() for param in self.decoder.parameters() if param.dim() > 1)
+
+    @contextmanager
+    def in_inference(self) -> Iterator[None]:
+        """Evaluation mode, with the weights as they are now; for passes with a cache.
+
+        Transformer Engine keeps FP8 copies of the weights until it is told to renew them, which
+        Megatron's schedules do. With delayed scaling the products are bf16 (see `fp8`).
+        """
+        was_training, fp8_format = self.training, self.config.fp8
+        self.eval()
+        self.set_is_first_microbatch()
+        if self.config.fp8_recipe == "delayed":
+            self.config.fp8 = None
+        try:
+            yield
+        finally:
+            self.train(was_training)
+            self.config.fp8 = fp8_format
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's description of the parameters for a checkpoint, the same for any precision.
+
+        Without Transformer Engine's extra states. They are pickled Python objects, empty but for
+        delayed scaling, whose histories begin anew in a resumed run.
+        """
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if "_extra_state" not in name}
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -259,9 +313,22 @@ class HiddenStateGPTModel(GPTModel):
         )
 
 
-def token_multiple(config: TransformerConfig) -> int:
-    """What the number of tokens of a forward pass must be a multiple of."""
-    return config.tensor_model_parallel_size if config.sequence_parallel else 1
+def common_token_multiple(models: Iterable[HiddenStateGPTModel | None]) -> int:
+    """What the number of tokens of passes must be a multiple of that all these models make."""
+    return math.lcm(*(model.token_multiple for model in models if model is not None))
+
+
+def fp8_platform(device: torch.device) -> fp8.Platform:
+    """What this process has for FP8."""
+    cuda_version = None
+    if device.type == "cuda" and torch.version.cuda is not None:
+        major, minor = torch.version.cuda.split(".")[:2]
+        cuda_version = int(major), int(minor)
+    return fp8.Platform(
+        compute_capability=torch.cuda.get_device_capability(device) if cuda_version else None,
+        cuda_version=cuda_version,
+        transformer_engine=version("transformer-engine") if HAVE_TE else None,
+    )
 
 
 def _pipeline_layout(num_layers: int, pp_size: int) -> str | None:
@@ -278,6 +345,7 @@ def _transformer_config(
     dtype: torch.dtype,
     sequence_parallel: bool,
     recompute_activations: bool,
+    fp8_recipe: FP8Recipe | None,
 ) -> TransformerConfig:
     on_gpu = layout.device.type == "cuda"
     recompute = (
@@ -323,6 +391,7 @@ def _transformer_config(
         apply_rope_fusion=False,
         **_expert_settings(config, on_gpu),
         **recompute,
+        **({} if fp8_recipe is None else fp8.megatron_settings(fp8_recipe)),
     )
 
 
@@ -389,19 +458,21 @@ def build_model(
     dtype: torch.dtype,
     sequence_parallel: bool = False,
     recompute_activations: bool = False,
+    fp8_recipe: FP8Recipe | None = None,
 ) -> HiddenStateGPTModel:
     """This rank's part of a model, its weights not yet set.
 
     Args:
         vocab_size: padded vocabulary, a multiple of the tensor-parallel size.
         dtype: type of the parameters and activations, torch.float32 or torch.bfloat16.
+        fp8_recipe: of the layers' matrix products; without Transformer Engine they have `dtype`.
 
     Raises:
         ValueError: the layout does not fit the model (see `check_layout`).
     """
     check_layout(config, layout.tp_size, layout.pp_size)
     transformer_config = _transformer_config(
-        config, layout, dtype, sequence_parallel, recompute_activations
+        config, layout, dtype, sequence_parallel, recompute_activations, fp8_recipe
     )
     on_gpu = layout.device.type == "cuda"
     model = HiddenStateGPTModel(

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import torch
@@ -50,7 +49,11 @@ from trb_megatron.drafting import (
 )
 from trb_megatron.forward import CachedModel, copy_to_host
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
-from trb_megatron.models import HiddenStateGPTModel, flash_attention_version, token_multiple
+from trb_megatron.models import (
+    HiddenStateGPTModel,
+    common_token_multiple,
+    flash_attention_version,
+)
 from trb_megatron.pipeline import Announcement, take_turns
 from trb_megatron.policies import Policy, Sampling, Uniforms
 from trb_megatron.scheduler import Admission, Request, Scheduler, SequenceState, SlotGroup
@@ -121,7 +124,7 @@ class RolloutEngine:
         if not requests:
             return []
         run = _Run(self, requests, policy, sampling)
-        with self._student_in_inference():
+        with self.student.in_inference():
             take_turns([run.serve(group) for group in run.scheduler.groups])
         self.num_preemptions += run.scheduler.num_preemptions
         return run.collect()
@@ -136,15 +139,6 @@ class RolloutEngine:
         """
         self._num_pages(num_tokens, 1, with_teacher, what)
 
-    @contextmanager
-    def _student_in_inference(self) -> Iterator[None]:
-        was_training = self.student.training
-        self.student.eval()
-        try:
-            yield
-        finally:
-            self.student.train(was_training)
-
     def measure_draft_costs(self, policy: Policy, sampling: Sampling) -> DraftCosts:
         """Time rounds of few and many sequences, with and without drafts, on made-up prompts.
 
@@ -152,7 +146,7 @@ class RolloutEngine:
         """
         endless = replace(sampling, stop_ids=(), max_response_tokens=4 * MAX_POSITIONS)
         seconds = {}
-        with self._student_in_inference():
+        with self.student.in_inference():
             for num_sequences in sorted({1, self.config.max_sequences}):
                 requests = [Request(i, 0, (0, 0)) for i in range(num_sequences)]
                 for num_positions in (1, 9):
@@ -183,16 +177,20 @@ class RolloutEngine:
     def _num_pages(self, num_tokens: int, num_slots: int, with_teacher: bool, what: str) -> int:
         """Pages of the pool, the same on all ranks of the replica: what is needed, or what fits."""
         per_sequence = -(-(num_tokens + MAX_POSITIONS) // self.page_tokens)
+        models = [self.student]
+        if with_teacher and self.teacher is not None:
+            models.append(self.teacher)
         page_bytes = self.page_tokens * sum(
             PagedKVCache.bytes_per_token(model.config, len(model.decoder.layers))
-            for model in (self.student, self.teacher if with_teacher else None)
-            if model is not None
+            for model in models
         )
         fitting = num_slots * per_sequence
         if self.config.cache_gb is not None:
             fitting = min(fitting, int(self.config.cache_gb * 1e9 / page_bytes) - 1)
         elif self.layout.device.type == "cuda":
-            free = _free_gpu_memory(self.layout.device)
+            # The first passes make the copies, when the cache is there already.
+            copies = sum(model.fp8_copy_bytes for model in models)
+            free = _free_gpu_memory(self.layout.device) - copies
             free_bytes = min(AUTO_CACHE_SHARE * free, free - self.other_bytes)
             fitting = min(fitting, int(free_bytes / page_bytes) - 1)
         worst = torch.tensor([fitting, -page_bytes], device=self.layout.device)
@@ -336,7 +334,7 @@ class _Run:
 
     @property
     def _token_multiple(self) -> int:
-        return token_multiple(self.engine.student.config)
+        return common_token_multiple(cached.model for cached in self._models())
 
     # ------------------------------------------------------------------ rounds
 

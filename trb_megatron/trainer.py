@@ -62,7 +62,7 @@ from trb_megatron.hf_weights import save_hf_checkpoint
 from trb_megatron.loss import LossOptions
 from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
-from trb_megatron.models import flash_attention_version, token_multiple
+from trb_megatron.models import common_token_multiple, flash_attention_version
 from trb_megatron.nonfinite import NonFiniteGuard, find_in_gradients, find_in_rollouts
 from trb_megatron.optimizer import (
     build_optimizer,
@@ -81,7 +81,7 @@ from trb_megatron.policies import (
     TeacherPolicy,
 )
 from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
-from trb_megatron.report import describe_environment, describe_plan
+from trb_megatron.report import describe_environment, describe_plan, describe_precision
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
 from trb_megatron.run_folder import lock_run_folder, written_together
@@ -111,6 +111,8 @@ class Trainer:
         dtype = DTYPES[config.training.precision]
         kernel = flash_attention_version(layout.device, dtype)
         for line in describe_environment(layout.device, kernel):
+            say(line)
+        for line in describe_precision(config):
             say(line)
         for warning in config_warnings(config):
             say(f"warning: {warning}")
@@ -234,7 +236,7 @@ class Trainer:
             self._balance(rollouts),
             self.config.training.max_tokens_per_microbatch,
             self.layout.device,
-            token_multiple(self.models.student.config),
+            common_token_multiple((self.models.student, self.models.teacher)),
         )
         with self.timer.phase("teacher"):
             if not (self.config.rollout.keep_teacher_hidden and policy.needs_teacher):
