@@ -29,8 +29,8 @@ LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
 class CachedModel:
     """A model and its cache: runs new tokens of many sequences through all pipeline stages.
 
-    Every rank of a model replica makes the same calls, in inference mode. Activations travel by
-    point-to-point sends over the pipeline group.
+    Every rank of a model replica makes the same calls, with gradients disabled. Activations travel
+    by point-to-point sends over the pipeline group.
     """
 
     def __init__(

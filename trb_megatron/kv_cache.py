@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -95,14 +96,13 @@ class RaggedBatch:
         new = torch.arange(num_new, device=past_S.device)
         positions_SG = past_S[:, None] + new
         page_SG = block_table_SP.gather(1, positions_SG // page_tokens)
-        padding = (0, -positions_SG.numel() % pad_to_multiple)
         return cls(
-            positions_N=F.pad(positions_SG.flatten(), padding),
+            positions_N=_pad(positions_SG.flatten(), pad_to_multiple),
             query_lengths_S=torch.full_like(past_S, num_new),
             kv_lengths_S=past_S + num_new,
             block_table_SP=block_table_SP,
-            page_N=F.pad(page_SG.flatten(), padding),
-            offset_N=F.pad((positions_SG % page_tokens).flatten(), padding),
+            page_N=_pad(page_SG.flatten(), pad_to_multiple),
+            offset_N=_pad((positions_SG % page_tokens).flatten(), pad_to_multiple),
             num_tokens=positions_SG.numel(),
             page_tokens=page_tokens,
             max_query_length=num_new,
@@ -138,9 +138,7 @@ class PageTable:
         self._free = list(range(num_pages, SCRATCH_PAGE, -1))
         self._num_users = [0] * (num_pages + 1)
         self._pages: list[list[int]] = [[] for _ in range(num_slots)]
-        self._table = torch.full(
-            (num_slots, self.pages_for(max_tokens)), SCRATCH_PAGE, dtype=torch.long
-        )
+        self._table = np.full((num_slots, self.pages_for(max_tokens)), SCRATCH_PAGE)
 
     @property
     def num_free(self) -> int:
@@ -200,9 +198,8 @@ class PageTable:
 
     def block_table(self, slots: Sequence[int], num_tokens: int) -> Tensor:
         """Pages [S, P] of the slots, for sequences of at most `num_tokens` tokens."""
-        return self._table[list(slots), : self.pages_for(num_tokens)].to(
-            self.device, non_blocking=True
-        )
+        pages_SP = self._table[list(slots), : self.pages_for(num_tokens)]
+        return torch.from_numpy(pages_SP).to(self.device, non_blocking=True)
 
     def ragged_batch(
         self,
@@ -218,17 +215,16 @@ class PageTable:
         row_N = torch.repeat_interleave(torch.arange(len(slots)), query_S)
         first_N = (query_S.cumsum(0) - query_S)[row_N]
         positions_N = past_S[row_N] + torch.arange(num_tokens) - first_N
-        block_table_SP = self._table[list(slots), : self.pages_for(max_kv)]
+        block_table_SP = torch.from_numpy(self._table[list(slots), : self.pages_for(max_kv)])
         page_N = block_table_SP[row_N, positions_N // self.page_tokens]
-
-        padding = (0, -num_tokens % pad_to_multiple)
+        offset_N = positions_N % self.page_tokens
         return RaggedBatch(
-            positions_N=F.pad(positions_N, padding).to(self.device),
+            positions_N=_pad(positions_N, pad_to_multiple).to(self.device),
             query_lengths_S=query_S.to(self.device),
             kv_lengths_S=kv_S.to(self.device),
             block_table_SP=block_table_SP.to(self.device),
-            page_N=F.pad(page_N, padding).to(self.device),
-            offset_N=F.pad(positions_N % self.page_tokens, padding).to(self.device),
+            page_N=_pad(page_N, pad_to_multiple).to(self.device),
+            offset_N=_pad(offset_N, pad_to_multiple).to(self.device),
             num_tokens=num_tokens,
             page_tokens=self.page_tokens,
             max_query_length=max(new_lengths),
@@ -313,7 +309,7 @@ class PagedKVCache:
         """
         half = heads_N1ghd.shape[-1] // 2
         if self._rotation is None:
-            angles_N111d = angles[self.batch.positions_N, None]
+            angles_N111d = angles.index_select(0, self.batch.positions_N)[:, None]
             sin_N111d = angles_N111d.sin()
             sin_N111d[..., :half].neg_()
             dtype = heads_N1ghd.dtype
@@ -334,7 +330,11 @@ class PagedKVCache:
         return keys_Sgkd, values_Sgkd
 
     def pools(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer, [pages, page_tokens, g, d]."""
+        """All keys and values of a layer, [pages, page_tokens, g, d].
+
+        Of these views the last dimension alone is contiguous, which is all that flash-attention
+        asks for.
+        """
         keys, values = self._pools[layer - self._first_layer].transpose(1, 2).chunk(2, dim=2)
         return keys, values
 
@@ -359,6 +359,12 @@ class PagedKVCache:
 def _head_shape(config: TransformerConfig) -> tuple[int, int]:
     assert config.num_query_groups is not None and config.kv_channels is not None
     return config.num_query_groups // config.tensor_model_parallel_size, config.kv_channels
+
+
+def _pad(values_N: Tensor, multiple: int) -> Tensor:
+    """With zeros at the end, so that the length is a multiple."""
+    padding = -len(values_N) % multiple
+    return F.pad(values_N, (0, padding)) if padding else values_N
 
 
 def _cumulative(lengths_S: Tensor) -> Tensor:

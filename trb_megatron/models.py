@@ -308,10 +308,11 @@ class PagedSelfAttention(SelfAttention):
         Megatron's own call of flash-attention is used where it can read the pages. `angles` are
         the rotary embedding's, [max_tokens, 1, 1, d].
         """
-        query_N1grd, key_N1g1d, value_N1g1d = self._project(hidden_N1H)
+        query_N1grd, key_N1g1d, value_N1g1d = self._query_key_value(hidden_N1H)
         rotated_N1ghd = cache.rotate(torch.cat((query_N1grd, key_N1g1d), dim=3), angles)
-        cache.append(self.layer_number, rotated_N1ghd[:, :, :, -1:], value_N1g1d)
-        query_N1hd = rotated_N1ghd[:, :, :, :-1].flatten(2, 3)
+        query_N1grd, key_N1g1d = rotated_N1ghd.split((query_N1grd.shape[3], 1), dim=3)
+        cache.append(self.layer_number, key_N1g1d, value_N1g1d)
+        query_N1hd = query_N1grd.flatten(2, 3)
         if flash_attention_version(query_N1hd.device, query_N1hd.dtype) is None:
             keys, values = cache.gather(self.layer_number)
             scale = self.hidden_size_per_attention_head**-0.5
@@ -321,7 +322,7 @@ class PagedSelfAttention(SelfAttention):
         output, _ = self.linear_proj(context.flatten(2))
         return output
 
-    def _project(self, hidden_N1H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_key_value(self, hidden_N1H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [N, 1, g, h / g, d], keys and values [N, 1, g, 1, d], before the rotation."""
         projected, _ = self.linear_qkv(hidden_N1H)
         groups, head_size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head

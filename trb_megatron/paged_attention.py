@@ -9,7 +9,6 @@ k = P * page_tokens cached positions, h heads, g key/value heads, d head size.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -133,13 +133,17 @@ class RolloutEngine:
     def _inference(self) -> Iterator[None]:
         """The student in evaluation mode, and operations that autograd does not follow.
 
-        Inference mode saves a small model a seventh of the time of `torch.no_grad`; what leaves it
-        for the loss must be copied outside of it (`_Run.collect`).
+        Inference mode takes a seventh off the time of a small model under `torch.no_grad`. What
+        leaves it for the loss must be copied outside of it (`_Run.collect`). Training writes to
+        Megatron's buffers of sequence parallelism and to Transformer Engine's state, which tensors
+        made in inference mode refuse: there is none where a rollout might be the first to need
+        them.
         """
+        keeps_state = self.student.config.sequence_parallel or self.layout.device.type == "cuda"
         was_training = self.student.training
         self.student.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(not keeps_state), torch.no_grad():
                 yield
         finally:
             self.student.train(was_training)
@@ -495,17 +499,15 @@ class _RoundView:
 
     def __init__(self, sequences: Sequence[SequenceState], num_positions: int, run: _Run) -> None:
         self.shape = (len(sequences), num_positions)
-        past = [s.num_cached for s in sequences]
-        columns_2S = torch.tensor([past, [s.last_id for s in sequences]])
-        self.past_S, self.last_S = columns_2S.to(run.device, non_blocking=True).unbind()
-        key_S = torch.tensor([s.key for s in sequences])
-        first_S = torch.tensor([len(s.response_ids) for s in sequences])
-        position_SG = first_S[:, None] + torch.arange(num_positions)
-        uniforms_3SG = drawing_uniforms(key_S[:, None], position_SG)
+        rows = [(s.num_cached, s.last_id, s.key, len(s.response_ids)) for s in sequences]
+        columns_4S = torch.tensor(rows).T.contiguous()
+        self.past_S, self.last_S = columns_4S[:2].to(run.device, non_blocking=True).unbind()
+        key_S1, first_S1 = columns_4S[2:, :, None].unbind()
+        uniforms_3SG = drawing_uniforms(key_S1, first_S1 + torch.arange(num_positions))
         self._uniforms_3SG = uniforms_3SG.to(run.device, non_blocking=True)
         self._token_multiple = run._token_multiple
         self._page_tokens = run.table.page_tokens
-        longest = max(past) + num_positions
+        longest = max(row[0] for row in rows) + num_positions
         self.block_table_SP = run.table.block_table([s.slot for s in sequences], longest)
 
     def batch(self, first: int, count: int) -> RaggedBatch:
