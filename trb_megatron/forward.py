@@ -29,8 +29,8 @@ LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
 class CachedModel:
     """A model and its cache: runs new tokens of many sequences through all pipeline stages.
 
-    Every rank of a model replica makes the same calls. Activations travel by point-to-point sends
-    over the pipeline group.
+    Every rank of a model replica makes the same calls, with gradients disabled. Activations travel
+    by point-to-point sends over the pipeline group.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class CachedModel:
         self._link = StageLink(layout)
         self._layout = layout
 
-    @torch.no_grad()
     def forward(self, batch: RaggedBatch, tokens_N: Tensor) -> Tensor | None:
         """Run `batch.num_tokens` packed token ids, reading and growing the cache.
 
@@ -57,13 +56,18 @@ class CachedModel:
             shape = (num_rows // model.num_sequence_shards, 1, model.config.hidden_size)
             model.set_input_tensor(self._link.receive(shape, model.config.params_dtype))
         tokens_1N = F.pad(tokens_N, (0, num_rows - tokens_N.numel()))[None]
-        hidden_N1H = model(tokens_1N, batch.positions_N[None], None, inference_context=self.cache)
+        hidden_N1H = model(
+            tokens_1N,
+            batch.positions_N[None],
+            None,
+            decoder_input=model.embed(tokens_1N),
+            inference_context=self.cache,
+        )
         if not layout.is_last_stage:
             self._link.send(hidden_N1H)
             return None
         return model.gather_hidden(hidden_N1H)[: batch.num_tokens, 0]
 
-    @torch.no_grad()
     def project(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N, U] of hidden states, on the last stage."""
         return self.model.project(hidden_NH)

@@ -129,8 +129,13 @@ class PagedTransformerLayer(TransformerLayer):
             self.input_layernorm(hidden_states), inference_context, rotary_pos_emb
         )
         hidden_states = hidden_states + attended
-        output, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return hidden_states + output, None
+        return hidden_states + self._feed_forward(self.pre_mlp_layernorm(hidden_states)), None
+
+    def _feed_forward(self, normed_N1H: Tensor) -> Tensor:
+        if self.config.num_moe_experts is not None:
+            return self.mlp(normed_N1H)[0]
+        gate, up = self.mlp.linear_fc1(normed_N1H)[0].chunk(2, dim=-1)
+        return self.mlp.linear_fc2(F.silu(gate) * up)[0]
 
 
 class PagedSelfAttention(SelfAttention):
@@ -142,32 +147,49 @@ class PagedSelfAttention(SelfAttention):
         Megatron's own call of flash-attention is used where it can read the pages. `angles` are
         the rotary embedding's, [max_tokens, 1, 1, d].
         """
-        query, key, value = self.get_query_key_value_tensors(hidden_N1H)
-        query, key = cache.rotate(query, angles), cache.rotate(key, angles)
-        cache.append(self.layer_number, key, value)
-        keys, values = cache.pools(self.layer_number)
-        if flash_attention_version(query.device, query.dtype) is None:
+        query_N1grd, key_N1g1d, value_N1g1d = self._query_key_value(hidden_N1H)
+        rotated_N1ghd = cache.rotate(torch.cat((query_N1grd, key_N1g1d), dim=3), angles)
+        query_N1grd, key_N1g1d = rotated_N1ghd.split((query_N1grd.shape[3], 1), dim=3)
+        cache.append(self.layer_number, key_N1g1d, value_N1g1d)
+        query_N1hd = query_N1grd.flatten(2, 3)
+        if flash_attention_version(query_N1hd.device, query_N1hd.dtype) is None:
+            keys, values = cache.gather(self.layer_number)
             scale = self.hidden_size_per_attention_head**-0.5
-            context = paged_attention(query, keys, values, cache.batch, scale)
+            context = paged_attention(query_N1hd, keys, values, cache.batch, scale)
         else:
-            batch = cache.batch
-            context = self.flash_decode_and_prefill(
-                query[: batch.num_tokens],
-                keys,
-                values,
-                batch.max_query_length,
-                batch.max_kv_length,
-                batch.cu_query_lengths,
-                batch.cu_kv_lengths,
-                batch.kv_lengths_S.int(),
-                batch.block_table_SP.int(),
-                batch.max_query_length == 1,
-            )
-            if len(query) > batch.num_tokens:
-                # Zeros, since one scale of FP8 may serve all rows.
-                context = F.pad(context, (0, 0, 0, 0, 0, 0, 0, len(query) - batch.num_tokens))
+            context = self._flash_attention(query_N1hd, cache)
         output, _ = self.linear_proj(context.flatten(2))
         return output
+
+    def _query_key_value(self, hidden_N1H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, 1, g, h / g, d], keys and values [N, 1, g, 1, d], before the rotation."""
+        projected, _ = self.linear_qkv(hidden_N1H)
+        groups, head_size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        heads_N1ghd = projected.view(*projected.shape[:2], groups, -1, head_size)
+        query, key, value = heads_N1ghd.split((heads_N1ghd.shape[3] - 2, 1, 1), dim=3)
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value
+
+    def _flash_attention(self, query_N1hd: Tensor, cache: PagedKVCache) -> Tensor:
+        """By Megatron's own call of flash-attention, which reads the pages; [N, 1, h, d]."""
+        keys, values = cache.pools(self.layer_number)
+        batch = cache.batch
+        context_N1hd = self.flash_decode_and_prefill(
+            query_N1hd[: batch.num_tokens],
+            keys,
+            values,
+            batch.max_query_length,
+            batch.max_kv_length,
+            batch.cu_query_lengths,
+            batch.cu_kv_lengths,
+            batch.kv_lengths_S.int(),
+            batch.block_table_SP.int(),
+            batch.max_query_length == 1,
+        )
+        # Zeros, since one scale of FP8 may serve all rows.
+        num_filled = len(query_N1hd) - batch.num_tokens
+        return F.pad(context_N1hd, (0, 0, 0, 0, 0, 0, 0, num_filled))
 
 
 def flash_attention_version(device: torch.device, dtype: torch.dtype) -> int | None:
@@ -270,6 +292,16 @@ class HiddenStateGPTModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
+
+    def embed(self, tokens_1N: Tensor) -> Tensor | None:
+        """Embeddings [N, 1, H] by a mere lookup where that is all; None leaves them to Megatron.
+
+        Without tensor parallelism Megatron's two autograd functions around the lookup do nothing
+        but take time.
+        """
+        if not self.pre_process or self.config.tensor_model_parallel_size > 1:
+            return None
+        return F.embedding(tokens_1N.T, self.embedding.word_embeddings.weight)
 
     def gather_hidden(self, hidden: Tensor) -> Tensor:
         """[T, B, H] of the whole sequence from the last stage's output.
