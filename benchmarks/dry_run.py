@@ -1,10 +1,11 @@
 """CPU seconds of `trb_megatron.train --dry-run` after imports, by models and world size.
 
-    python -m benchmarks.dry_run
+    python -m benchmarks.dry_run [FOLDER]
 
-Writes each model's `config.json` and a tokenizer of Qwen's size (151,669 ids) into a temporary
-folder; there are no weights. The first plan of the process, which also pays for transformers' late
-imports, is shown apart. CPU seconds of one thread are what a clock shows on an idle machine.
+With FOLDER it only writes the models there, to try layouts of one's own. Without it writes each
+model's `config.json` and a tokenizer of Qwen's size (151,669 ids) into a temporary folder; there
+are no weights. The first plan of the process, which also pays for transformers' late imports, is
+shown apart. CPU seconds of one thread are what a clock shows on an idle machine.
 """
 
 from __future__ import annotations
@@ -106,7 +107,10 @@ def measure(config: Config, world_size: int) -> float:
 
 
 def main() -> None:
-    """Print a table of seconds."""
+    """Print a table of seconds, or write the models into a folder."""
+    if len(sys.argv) > 1:
+        write_models(Path(sys.argv[1]))
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(folder)

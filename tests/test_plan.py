@@ -225,6 +225,7 @@ def test_estimates_move_with_what_causes_them(config_file: Path) -> None:
     (four_replicas,) = _memory(config_file, 8, tp2)
     assert plain.activations > cut.activations > recomputed.activations
     assert (on_host.hidden, student_only.hidden) == (0, plain.hidden)
+    assert (on_host.host, plain.host) == (2 * plain.hidden, 0)
     assert on_host.rollouts < plain.rollouts
     assert student_only.cache_one < plain.cache_one / 2
     assert four_replicas.optimizer == pytest.approx(plain.optimizer / 4, rel=1e-6)
@@ -310,7 +311,7 @@ TOO_LARGE: dict[str, tuple[float, tuple[str, ...], str]] = {
     "rollouts": (
         44,
         ("training.recompute_activations=true", "training.max_tokens_per_microbatch=8192"),
-        r"but rollouts need .* with a key/value cache for one sequence; lower",
+        r"but rollouts need .* sequence; set training\.teacher_hidden_device=host, or lower",
     ),
     "cache": (
         80,

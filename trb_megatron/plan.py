@@ -102,9 +102,10 @@ class RankMemory:
         activations: of the student's microbatches, or of the teacher's pass if that needs more.
         loss: its workspace, and the hidden states of a microbatch around it.
         hidden: the teacher's hidden states while the student trains on them.
-        cache_page: of both models' key/value caches.
+        cache_page: of the key/value caches, for a page of both models.
         cache_one, cache_all: for one sequence, and for all slots, of the greatest length.
         rollouts: what rollouts need beside the cache.
+        host: of the host's memory, where the teacher's hidden states wait there.
     """
 
     weights: int
@@ -119,6 +120,7 @@ class RankMemory:
     cache_one: int
     cache_all: int
     rollouts: int
+    host: int
 
     @property
     def held(self) -> int:
@@ -140,7 +142,11 @@ class RankMemory:
         if memory is None:
             return self.cache_all
         free = memory - RESERVED_BYTES - self.held
-        return min(self.cache_all, int(AUTO_CACHE_SHARE * free), free - self.rollouts)
+        return max(0, min(self.cache_all, int(AUTO_CACHE_SHARE * free), free - self.rollouts))
+
+    def num_sequences(self, cache: int) -> int:
+        """Sequences of the greatest length that a cache of so many bytes holds at a time."""
+        return max(0, cache - self.cache_page) // (self.cache_one - self.cache_page)
 
 
 @dataclass(frozen=True)
@@ -378,6 +384,7 @@ class _Sizes:
             cache_one=one,
             cache_all=everything,
             rollouts=self._rollouts(stage) + (2 * hidden if on_device and is_kept else 0),
+            host=0 if on_device else 2 * hidden,
         )
 
     def _fp8_copies(self, stage: int) -> int:
@@ -439,8 +446,11 @@ class _Sizes:
         if not self._is_last(stage):
             return 0
         hidden_size = self.models["student"].config.hidden_size
-        hidden = 3 * self.step.microbatch_tokens * hidden_size * self.bytes.weight
-        return self.config.loss.workspace_mb * 10**6 + hidden
+        num_tokens = self.step.microbatch_tokens
+        # Of both models an fp32 buffer and half as much again, and one in half precision.
+        most = 14 * num_tokens * self.vocab_rows
+        workspace = min(self.config.loss.workspace_mb * 10**6, most)
+        return workspace + 3 * num_tokens * hidden_size * self.bytes.weight
 
     def _hidden(self, stage: int) -> int:
         """The teacher's hidden states at all response tokens of a replica's step."""
@@ -533,8 +543,7 @@ def _check_rollouts(plan: Plan, config: Config, memory: int) -> None:
             raise ConfigError(
                 f"{_available(room, memory)}, but rollouts need "
                 f"{(need.held + need.rollouts + need.cache_one) / GB:.1f} GB on stage {stage}, "
-                "with a key/value cache for one sequence; lower rollout.max_response_tokens or "
-                f"rollout.max_sequences, or {_advice_on_weights(plan, config)}"
+                f"with a key/value cache for one sequence; {_advice_on_rollouts(plan, config)}"
             )
         cache = need.cache(config.rollout.cache_gb, memory)
         if cache > left[stage]:
@@ -544,6 +553,14 @@ def _check_rollouts(plan: Plan, config: Config, memory: int) -> None:
                 f"no room for a key/value cache of {cache / GB:.1f} GB on stage {stage}; set "
                 f"rollout.cache_gb={left[stage] * 10 // GB / 10} or less"
             )
+
+
+def _advice_on_rollouts(plan: Plan, config: Config) -> str:
+    shorter = "lower rollout.max_response_tokens or rollout.max_sequences"
+    advice = [shorter, _advice_on_weights(plan, config)]
+    if any(need.hidden > 0 for need in plan.memory):
+        advice.insert(0, "set training.teacher_hidden_device=host")
+    return ", or ".join(advice)
 
 
 def _available(room: int, memory: int) -> str:

@@ -88,6 +88,7 @@ def describe_plan(
         "",
         *_describe_memory(plan, config, memory),
         *_describe_cache(plan, config, memory),
+        *_describe_host(plan),
         "",
     ]
 
@@ -187,12 +188,13 @@ def _describe_memory(plan: Plan, config: Config, memory: int | None) -> list[str
             need.held + cache + need.rollouts
             for need, cache in zip(plan.memory, caches, strict=True)
         ]
+    unit, divisor = _unit(max(need.training for need in plan.memory))
     lines = []
     for start in range(0, plan.pp_size, _STAGES_PER_TABLE):
         shown = range(start, min(start + _STAGES_PER_TABLE, plan.pp_size))
-        rows = [["GB on each rank, * estimated", *(f"stage {stage}" for stage in shown)]]
+        rows = [[f"{unit} on each rank, * estimated", *(f"stage {stage}" for stage in shown)]]
         for name, values in parts.items():
-            rows.append([name, *(f"{values[stage] / GB:,.2f}" for stage in shown)])
+            rows.append([name, *(f"{values[stage] / divisor:,.2f}" for stage in shown)])
         lines += _table(rows)
     return lines
 
@@ -203,14 +205,33 @@ def _describe_cache(plan: Plan, config: Config, memory: int | None) -> list[str]
     need = max(plan.memory, key=lambda need: need.cache_one)
     size = need.cache(config.rollout.cache_gb, memory)
     line = (
-        f"cache: {need.cache_one / GB:,.2f} GB for a sequence of {plan.step.max_length:,} tokens, "
-        f"{need.cache_all / GB:,.2f} GB for all slots"
+        f"cache: {_size(need.cache_one)} for a sequence of {plan.step.max_length:,} tokens, "
+        f"{_size(need.cache_all)} for all slots"
     )
     if size < need.cache_all:
-        line += f"; {size / GB:,.2f} GB hold {size // need.cache_one:,} of that length at a time"
+        line += f"; {_size(size)} hold {need.num_sequences(size):,} of that length at a time"
     elif config.rollout.cache_gb is None and memory is None:
         line += f"; on a GPU at most {AUTO_CACHE_SHARE:.0%} of what the others leave"
     return [line]
+
+
+def _describe_host(plan: Plan) -> list[str]:
+    host = plan.memory[-1].host
+    if host == 0:
+        return []
+    return [
+        f"host memory: up to {_size(host)} for each rank of stage {plan.pp_size - 1}, where the "
+        "teacher's hidden states wait"
+    ]
+
+
+def _unit(num_bytes: int) -> tuple[str, int]:
+    return ("GB", GB) if num_bytes >= GB else ("MB", 10**6)
+
+
+def _size(num_bytes: int) -> str:
+    unit, divisor = _unit(num_bytes)
+    return f"{num_bytes / divisor:,.2f} {unit}"
 
 
 def _count(number: int, noun: str) -> str:

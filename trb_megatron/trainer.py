@@ -215,7 +215,10 @@ class Trainer:
         loss_sums, lr, grad_norm = {"loss": torch.tensor(torch.nan)}, torch.nan, torch.nan
         with self.guard.skipping():
             self.guard.check(find_in_rollouts(rollouts), self.step)
-            loss_sums, lr, grad_norm = self._train_on(rollouts, policy)
+            microbatches = self._pack(rollouts)
+            # The teacher's hidden states are large, and the microbatches have copies.
+            rollouts = [dataclasses.replace(rollout, teacher_hidden=None) for rollout in rollouts]
+            loss_sums, lr, grad_norm = self._train_on(microbatches, policy)
         metrics = self._metrics(rollouts, rewards, loss_sums)
         metrics |= {
             "optim/lr": lr,
@@ -228,16 +231,19 @@ class Trainer:
         self.prompt_position += self.config.training.prompts_per_step
         return metrics
 
-    def _train_on(
-        self, rollouts: Sequence[Rollout], policy: Policy
-    ) -> tuple[dict[str, Tensor], float, float]:
-        """Stages 4 to 6: sums of the loss and its metrics, learning rate and gradient norm."""
-        microbatches = build_microbatches(
+    def _pack(self, rollouts: Sequence[Rollout]) -> list[Microbatch]:
+        """The microbatches of this replica, as long as those of the others."""
+        return build_microbatches(
             self._balance(rollouts),
             self.config.training.max_tokens_per_microbatch,
             self.layout.device,
             common_token_multiple((self.models.student, self.models.teacher)),
         )
+
+    def _train_on(
+        self, microbatches: list[Microbatch], policy: Policy
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """Stages 4 to 6: sums of the loss and its metrics, learning rate and gradient norm."""
         with self.timer.phase("teacher"):
             if not (self.config.rollout.keep_teacher_hidden and policy.needs_teacher):
                 microbatches = self._add_teacher_hidden(microbatches)
