@@ -1,4 +1,4 @@
-"""A real SLURM cluster of two nodes, on the loopback interface of one machine."""
+"""A real SLURM cluster of three nodes, on the loopback interface of one machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 PACKAGES = ("slurm-wlm", "munge")
 
 # Nodes have the GPUs and the memory that the sbatch files ask for, on paper. A requeued job waits
@@ -61,8 +61,9 @@ InactiveLimit=0
 NodeName=DEFAULT CPUs=16 RealMemory=65536 Gres=gpu:1
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1_port}
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2_port}
-PartitionName=all Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=30
-PartitionName=urgent Nodes=n1,n2 PriorityTier=2
+NodeName=n3 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n3_port}
+PartitionName=all Nodes=n1,n2,n3 Default=YES PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=n1,n2,n3 PriorityTier=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 """
@@ -122,8 +123,9 @@ class SlurmCluster:
             self._start(munged)
             self._start(["slurmctld", "-i"])
             for node in NODES:
-                self.start_node(node)
-            wait_until(lambda: self.run("sinfo", "-h", "-o", "%T %D") == "idle 2", "idle nodes", 30)
+                (self.folder / f"spool-{node}").mkdir()
+                self._start(["slurmd", "-N", node])
+            wait_until(lambda: self.run("sinfo", "-h", "-o", "%T %D") == "idle 3", "idle nodes", 30)
             stack.pop_all()
         return self
 
@@ -135,14 +137,14 @@ class SlurmCluster:
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
-        ports = dict(zip(("slurmctld_port", "n1_port", "n2_port"), _free_ports(3), strict=True))
+        ports = dict(zip(("slurmctld", *NODES), _free_ports(1 + len(NODES)), strict=True))
         (self.folder / "slurm.conf").write_text(
             _SLURM_CONF.format(
                 folder=self.folder,
                 host=socket.gethostname().split(".")[0],
                 # The port of a job's rendezvous follows from its id.
                 first_job_id=1 + secrets.randbelow(9000),
-                **ports,
+                **{f"{daemon}_port": port for daemon, port in ports.items()},
             )
         )
         (self.folder / "gpu0").touch()
@@ -151,19 +153,21 @@ class SlurmCluster:
     def _start(self, command: list[str]) -> None:
         subprocess.run(command, env=self.environment, check=True, timeout=60)
 
-    def start_node(self, node: str) -> None:
-        """Start the slurmd of a node."""
-        (self.folder / f"spool-{node}").mkdir(exist_ok=True)
-        self._start(["slurmd", "-N", node])
-
     def kill_node(self, node: str) -> None:
-        """End a node as a power failure does: its slurmd and all that runs there, by SIGKILL."""
+        """End a node as a power failure does: its slurmd and all that runs there, by SIGKILL.
+
+        It does not come back: for a minute, SLURM would end new jobs there for having the old ids.
+        """
         slurmd = int((self.folder / f"slurmd-{node}.pid").read_text())
+        place = {"SLURMD_NODENAME": node, "SLURM_CONF": self.environment["SLURM_CONF"]}
         victims = {slurmd}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if process.environ().get("SLURMD_NODENAME") == node:
-                    victims |= {process.pid, process.ppid()}
+                if place.items() <= process.environ().items():
+                    victims.add(process.pid)
+                    parent = process.parent()
+                    if parent is not None and parent.name() == "slurmstepd":
+                        victims.add(parent.pid)
         for pid in victims:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

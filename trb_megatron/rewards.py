@@ -147,8 +147,10 @@ def serve(is_correct: Callable[[str, list[str]], bool], timeout_s: float) -> Non
 
     The kernel ends the process when grading one line takes longer than `timeout_s`: SIGALRM keeps
     its default action, so no code, in whatever language, can miss it, and a worker whose parent is
-    gone does not outlive its line.
+    gone does not outlive its line. SIGTERM, which SLURM sends to every process of a preempted job,
+    is for the ranks, which still grade the step that they are in.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (_WORKER_MEMORY_BYTES, _WORKER_MEMORY_BYTES))
     logging.disable()  # math-verify reports every expression it cannot compare
     verdicts = os.dup(sys.stdout.fileno())
