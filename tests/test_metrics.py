@@ -61,7 +61,7 @@ def test_resumed_run_has_no_duplicates(tmp_path: Path, config: Config) -> None:
         logger.log(step, {"loss": float(step)})
     logger.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # the crash
+        file.write('\0\0\0\n{"step": 6, "lo')  # the crash
 
     resumed = MetricsLogger(tmp_path, tensorboard=True, wandb_project=None, config=config)
     resumed.truncate_after(3)
