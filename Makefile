@@ -1,8 +1,10 @@
-# make demo       run the main job on small models: evaluate, distil, evaluate, export
-# make test       run the tests that need no GPU, except slow ones
-# make test-slow  run the slow ones, too
-# make test-gpu   run the tests that need a GPU
-# make lint       check style and types
+# make demo         run the main job on small models: evaluate, distil, evaluate, export
+# make test         run the tests that need no GPU, except slow ones
+# make test-slow    run the slow ones, too
+# make test-gpu     run the tests that need a GPU
+# make test-newest  run those that touch Megatron with its newest supported version, in .venv-newest
+# make test-slurm   run jobs on a SLURM cluster of this machine's own (as root: installs SLURM by apt-get)
+# make lint         check style and types, the Dockerfile and the shell scripts
 #
 # Each target first creates .venv and installs into it, unless that is done. Options:
 #   PYTHON=python3.12   the interpreter to build .venv with
@@ -16,7 +18,7 @@ RUN := $(VENV)/bin/python
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu lint install
+.PHONY: demo test test-slow test-gpu test-newest run-newest test-slurm lint install
 
 demo: install
 	$(RUN) launch/demo.py
@@ -30,10 +32,40 @@ test-slow: install
 test-gpu: install
 	$(RUN) -m pytest -m "gpu or multi_gpu" tests
 
+# The other end of the supported range: megatron-core 0.19 needs Python 3.12. `make test` runs its
+# tests with the versions that the default Python gets.
+NEWEST_PYTHON ?= 3.12
+NEWEST_MEGATRON ?= 0.19
+NEWEST_TESTS := $(addprefix tests/test_,models.py families.py hf_weights.py engine.py rollout.py \
+    gradients.py optimizer.py trainer.py checkpoint.py security.py)
+CHECK_NEWEST := import sys; from importlib.metadata import version; \
+    from platform import python_version as python; megatron = version("megatron-core"); \
+    print("Python", python(), "torch", version("torch"), "megatron-core", megatron); \
+    sys.exit(not (python().startswith("$(NEWEST_PYTHON).") \
+        and megatron.startswith("$(NEWEST_MEGATRON).")))
+
+test-newest:
+	@for python in python$(NEWEST_PYTHON) \
+	    "$$(pyenv root 2> /dev/null)"/versions/$(NEWEST_PYTHON)*/bin/python; do \
+	    if "$$python" -c '$(CAN_BUILD)' 2> /dev/null; then \
+	        exec $(MAKE) --no-print-directory VENV=.venv-newest PYTHON="$$python" run-newest; \
+	    fi; \
+	done; \
+	echo "SKIPPED: megatron-core $(NEWEST_MEGATRON) needs Python $(NEWEST_PYTHON), and none was found"
+
+run-newest: install
+	$(RUN) -c '$(CHECK_NEWEST)'
+	$(RUN) -m pytest -m "not slow and not gpu and not multi_gpu" $(NEWEST_TESTS)
+
+test-slurm: install
+	$(RUN) -m pytest -m slurm -rs tests
+
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/shellcheck --external-sources .ci/run launch/*.sh launch/*.sbatch
 
 install: $(VENV)/.installed
 

@@ -5,7 +5,7 @@
 Training reads Hugging Face folders itself; a Megatron checkpoint is for other programs on
 Megatron-Core. It holds the model's tensors in the format of megatron.core.dist_checkpointing, which
 any parallel layout can load, and in hf/ the configuration, tokenizer, chat template and generation
-config, so that megatron_to_hf needs nothing else.
+config, so that megatron_to_hf needs nothing else. `sha256sum -c SHA256SUMS` in it checks all files.
 
 One process does it, with memory for the largest tensor, not for the model. OUTPUT appears when it
 is complete.
@@ -26,6 +26,7 @@ from checkpoints_tools.command import (
     run,
 )
 from trb_megatron.atomic_folder import new_folder
+from trb_megatron.checksums import write_sums
 from trb_megatron.hf_checkpoint import CheckpointError, HFTensors
 from trb_megatron.hf_config import check_layout, padded_vocab_size, read_hf_config
 from trb_megatron.hf_weights import expected_tensors
@@ -118,6 +119,7 @@ def convert(options: argparse.Namespace) -> None:
             tp_size=options.tensor_parallel,
             on_write=progress.update,
         )
+        write_sums(partial)
     print(f"wrote {options.source} to {options.output}")
 
 

@@ -1,10 +1,11 @@
 """Say what a checkpoint folder holds: a Hugging Face or a Megatron one, or a training run's.
 
-    python -m checkpoints_tools.inspect_checkpoint FOLDER [--tensors] [--json]
+    python -m checkpoints_tools.inspect_checkpoint FOLDER [--tensors] [--json] [--headers-only]
 
-Reads the headers and indices only, and checks what can be checked without the weights: that the
-files are complete, that every tensor is there and has the shape that the configuration asks for,
-and that the tokenizer fits. Exit status: 0 it can be used, 2 it can't.
+Checks that the files are complete, that every tensor is there and has the shape that the
+configuration asks for, and that the tokenizer fits. All files of a Megatron checkpoint are read
+against their SHA-256 sums, unless --headers-only asks for a quick look. Exit status: 0 it can be
+used, 2 it can't.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--headers-only", action="store_true", help="do not read the files against their sums"
+    )
     run(inspect, parser.parse_args(arguments))
 
 
@@ -51,7 +55,9 @@ def inspect(options: argparse.Namespace) -> None:
     folder = find_source(options.source, options.step)
     is_hf = (folder / "config.json").is_file()
     hf_folder = folder if is_hf else folder / HF_FOLDER
-    tensors = _hf_tensors(folder) if is_hf else _megatron_tensors(folder)
+    tensors = (
+        _hf_tensors(folder) if is_hf else _megatron_tensors(folder, check=not options.headers_only)
+    )
     config = read_hf_config(hf_folder)
     tokenizer = check_tokenizer_fits(hf_folder, config.vocab_size)
     description = {
@@ -84,8 +90,8 @@ def _hf_tensors(folder: Path) -> dict[str, tuple[Shape, torch.dtype]]:
     return {name: (shape, dtypes[name]) for name, shape in expected.items()}
 
 
-def _megatron_tensors(folder: Path) -> dict[str, tuple[Shape, torch.dtype]]:
-    tensors, params = open_megatron_checkpoint(folder)
+def _megatron_tensors(folder: Path, *, check: bool) -> dict[str, tuple[Shape, torch.dtype]]:
+    tensors, params = open_megatron_checkpoint(folder, check=check)
     shapes = tensors.shapes()
     return {param.key: shapes[param.key] for param in params.values()}
 

@@ -273,9 +273,8 @@ def forward_logits(
     vocabulary shards, so that a rank holds the whole: for checks only.
     """
     from trb_megatron.forward import forward_hidden
-    from trb_megatron.models import token_multiple
 
-    num_tokens, multiple = len(token_ids), token_multiple(model.config)
+    num_tokens, multiple = len(token_ids), model.token_multiple
     padded = -(-num_tokens // multiple) * multiple
     tokens_T = torch.zeros(padded, dtype=torch.long, device=layout.device)
     tokens_T[:num_tokens] = torch.tensor(token_ids)

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,20 +24,25 @@ from torch.utils._pytree import tree_leaves
 
 
 def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120,
+    start_method: Literal["spawn", "forkserver"] = "spawn",
 ) -> list[Any]:
     """Call `fn(*args)` on every rank of a fresh gloo group and return the results in rank order.
 
     `fn` must be importable (module level); `args` and results are pickled. The ranks meet through a
     file, so that no port can be taken by someone else. Spawning costs seconds: call it once per
-    test module, from a module-scoped fixture.
+    test module, from a module-scoped fixture. Forked from a server, ranks start at once and have
+    Megatron imported, but neither environment variables nor modules of the test that changed since.
 
     Raises the first exception of any rank, with that rank's traceback as a note; RuntimeError when
     a rank dies without one; TimeoutError after `timeout_s` seconds. No child survives the call.
     """
     # Read at import by the children's OpenMP runtime, before any code of ours runs there.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")
+    context = get_context(start_method)
     payload = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as folder:
         processes, connections = [], []
@@ -56,6 +62,13 @@ def run_distributed(
         finally:
             for process in processes:
                 _kill_group(process)
+
+
+def get_context(start_method: str) -> BaseContext:
+    """A multiprocessing context, whose fork server imports what ranks need."""
+    context = multiprocessing.get_context(start_method)
+    context.set_forkserver_preload(["tests.warm"])
+    return context
 
 
 def _collect(connections: list[Connection], deadline: float, timeout_s: float) -> list[Any]:

@@ -24,12 +24,16 @@ PROBE_RESPONSES = ((9, 4, 30, 0), (5,), (11, 12, 13, 14, 15, 16, 17), (3, 8, 0))
 
 @dataclass(frozen=True)
 class Layout:
-    """How a probe runs; `overrides` change the configuration besides."""
+    """How a probe runs; `overrides` change the configuration besides.
+
+    `token_multiple`: of the teacher, and so of all that both models read, as for FP8.
+    """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     overrides: tuple[str, ...] = ()
+    token_multiple: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -66,7 +70,12 @@ LAYOUTS = (
             "rollout.cache_gb=12e-5",
         ),
     ),
-    Layout(tp=2, pp=2, overrides=("parallel.sequence_parallel=true", "rollout.draft_tokens=8")),
+    Layout(
+        tp=2,
+        pp=2,
+        overrides=("parallel.sequence_parallel=true", "rollout.draft_tokens=8"),
+        token_multiple=32,
+    ),
 )
 
 
@@ -149,6 +158,8 @@ def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
 
     with start_reward_workers(config.rewards, parallel) as rewards:
         trainer = Trainer(config, parallel, rewards)
+        if layout.token_multiple is not None:
+            trainer.models.teacher.token_multiple = layout.token_multiple
         logits = {
             "student": _probe_logits(trainer.models.student, trainer),
             "teacher": _probe_logits(trainer.models.teacher, trainer),
@@ -186,17 +197,15 @@ def _probe_logits(model: Any, trainer: Any) -> list[torch.Tensor]:
     from trb_megatron.batch import Rollout, build_microbatch
     from trb_megatron.distributed import gather_from_leaders
     from trb_megatron.forward import forward_hidden
-    from trb_megatron.models import token_multiple
 
     layout = trainer.layout
     rollouts = [
         Rollout(i, 0, _prompt(trainer, i), response, stopped=True)
         for i, response in enumerate(PROBE_RESPONSES)
     ]
-    multiple = token_multiple(model.config)
     microbatches = [
-        build_microbatch(rollouts[:2], layout.device, multiple),
-        build_microbatch(rollouts[2:], layout.device, multiple),
+        build_microbatch(part, layout.device, model.token_multiple)
+        for part in (rollouts[:2], rollouts[2:])
     ]
     logits: list[torch.Tensor] = []
     model.eval()

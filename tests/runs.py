@@ -42,7 +42,10 @@ def load_frozen(folder: Path, layout: Any) -> Any:
 
 def train(config_file: Path, world_size: int, *overrides: str, timeout_s: float = 240) -> None:
     """A run from start (or its last checkpoint) to its end, on fresh ranks."""
-    run_distributed(train_here, world_size, config_file, overrides, timeout_s=timeout_s)
+    arguments = (config_file, overrides)
+    run_distributed(
+        train_here, world_size, *arguments, timeout_s=timeout_s, start_method="forkserver"
+    )
 
 
 def train_here(config_file: Path, overrides: tuple[str, ...]) -> Any:

@@ -1,6 +1,8 @@
 """Stop and resume: bit for bit at the same layout, at any other one to rounding."""
 
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,18 +10,20 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from checkpoints_tools import megatron_to_hf
+from checkpoints_tools import inspect_checkpoint, megatron_to_hf
 from tests.distributed import run_distributed
 from tests.layouts import write_inputs
 from tests.runs import make_trainer, read_metrics, train, weights_digest
 from trb_megatron.checkpoint import (
     TrainingCheckpointError,
     _remove,
-    find_checkpoints,
     read_training_state,
 )
+from trb_megatron.checksums import SUMS_FILE, write_sums
+from trb_megatron.run_folder import RunFolderError, find_checkpoints
 
 WORLD_SIZE = 2  # two data-parallel replicas share the optimizer state
 OPTIONS = ("checkpoint.every=2", "checkpoint.keep=2", "training.prompts_per_step=4")
@@ -39,12 +43,13 @@ def undisturbed(config_file: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(config_file: Path, undisturbed: Path) -> Path:
-    """Stopped after step 3, one step past its checkpoint, and started again."""
+    """Stopped after step 3, whose checkpoint is damaged, and started again."""
     run_dir = config_file.parent / "interrupted"
     options = (*OPTIONS, f"run.dir={run_dir}")
     train(config_file, WORLD_SIZE, *options, "training.steps=3")
-    # As a kill leaves it: while the checkpoint of step 3 was written and an old one was removed.
-    (run_dir / "checkpoints" / "step_3").rename(run_dir / "checkpoints" / "step_3.partial")
+    _flip_bit(run_dir / "checkpoints" / "step_3" / "common.pt")
+    # As a kill leaves it: while a checkpoint was written and an old one was removed.
+    (run_dir / "checkpoints" / "step_5.partial").mkdir()
     (run_dir / "checkpoints" / "step_1.removed").mkdir()
     shutil.copytree(run_dir, config_file.parent / "elsewhere")
     train(config_file, WORLD_SIZE, *options, "training.steps=6")
@@ -54,8 +59,107 @@ def interrupted(config_file: Path, undisturbed: Path) -> Path:
 def test_resumed_run_is_bit_identical(undisturbed: Path, interrupted: Path) -> None:
     assert weights_digest(interrupted / "hf") == weights_digest(undisturbed / "hf")
     left = sorted(path.name for path in (interrupted / "checkpoints").iterdir())
-    assert left == ["step_4", "step_6"]
+    assert left == ["step_3.damaged", "step_4", "step_6"]
     assert read_metrics(interrupted) == read_metrics(undisturbed)
+
+
+def _flip_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def _truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _find_good_ones(run_dir: Path, folder: Path) -> dict[str, tuple[str, int, list[str]]]:
+    """For each damage done to the newest checkpoint: what is found instead, and what is said."""
+    from trb_megatron.checkpoint import find_good_checkpoint
+
+    newest = run_dir / "checkpoints" / "step_6"
+    names = sorted(str(p.relative_to(newest)) for p in newest.rglob("*") if p.is_file())
+    found = {}
+    for damage, name in itertools.product((Path.unlink, _flip_bit, _truncate), names):
+        copy = folder / f"{damage.__name__} {name}".replace("/", " ")
+        if dist.get_rank() == 0:
+            shutil.copytree(run_dir, copy)
+            damage(copy / "checkpoints" / "step_6" / name)
+        dist.barrier()
+        said: list[str] = []
+        good = find_good_checkpoint(copy, said.append)
+        assert good is not None
+        dist.barrier()
+        left = sorted(path.name for path in (copy / "checkpoints").iterdir())
+        assert left == ["step_4", "step_6.damaged"]
+        found[copy.name] = (str(good[0].relative_to(copy)), good[1].step, said)
+    return found
+
+
+def test_damage_to_any_file_makes_the_checkpoint_before_it_the_last_good_one(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    results = run_distributed(
+        _find_good_ones, WORLD_SIZE, undisturbed, tmp_path, start_method="forkserver"
+    )
+    first, second = results
+    assert len(first) >= 3 * 12
+    for case, (good, step, said) in first.items():
+        assert second[case] == (good, step, [])
+        assert (good, step) == ("checkpoints/step_4", 4)
+        name = case.split(maxsplit=1)[1].split()[-1]
+        (line,) = said
+        assert line.startswith(f"warning: {tmp_path / case}/checkpoints/step_6 is damaged (")
+        assert f"{name} " in line or name == SUMS_FILE  # one bit less of it belies another file
+        assert line.endswith(" and now called step_6.damaged")
+
+
+def _fail_to_find(run_dir: Path) -> str:
+    from trb_megatron.checkpoint import find_good_checkpoint
+
+    with pytest.raises(TrainingCheckpointError) as caught:
+        find_good_checkpoint(run_dir, print)
+    return str(caught.value)
+
+
+def test_run_without_a_good_checkpoint_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    first, last = find_checkpoints(run_dir)
+    (first / SUMS_FILE).unlink()
+    (last / "training_state.json").write_text('{"step": 6')
+    write_sums(last)  # so it was written like this
+    before = sorted(run_dir.rglob("*"))
+    messages = run_distributed(_fail_to_find, WORLD_SIZE, run_dir, start_method="forkserver")
+    for message in messages:
+        assert message.startswith(f"{run_dir}/checkpoints: no checkpoint is good (step_6: ")
+        assert "step_6/training_state.json: cannot be read" in message
+        assert "step_4: SHA256SUMS is missing" in message
+        assert "start over with another run.dir" in message
+    assert sorted(run_dir.rglob("*")) == before
+
+    for checkpoint in (first, last):
+        checkpoint.rename(checkpoint.with_name(checkpoint.name + ".damaged"))
+    messages = run_distributed(_fail_to_find, 1, run_dir, start_method="forkserver")
+    assert "no checkpoint is good (step_4.damaged; step_6.damaged)" in messages[0]
+
+
+def test_damaged_checkpoint_is_not_exported(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_6"
+    _flip_bit(checkpoint / "__0_1.distcp")
+    said = "step_6: damaged: __0_1.distcp differs from its sum in SHA256SUMS"
+    for tool, arguments in (
+        (megatron_to_hf, [str(tmp_path / "run"), str(tmp_path / "hf")]),
+        (inspect_checkpoint, [str(checkpoint)]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            tool.main(arguments)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    inspect_checkpoint.main([str(checkpoint), "--headers-only"])
+    megatron_to_hf.main([str(tmp_path / "run"), str(tmp_path / "hf"), "--step", "4"])
 
 
 def test_checkpoint_exports_what_the_run_exported(undisturbed: Path, tmp_path: Path) -> None:
@@ -99,7 +203,7 @@ def _fail_to_save(config_file: Path, options: tuple[str, ...]) -> str:
     full_disk = OSError(28, "No space left on device")
     with (
         mock.patch.object(dist_checkpointing, "save", side_effect=full_disk),
-        pytest.raises(TrainingCheckpointError) as caught,
+        pytest.raises(RunFolderError) as caught,
     ):
         trainer._save()
     return str(caught.value)
@@ -110,10 +214,11 @@ def test_failed_save_leaves_the_last_checkpoint_and_names_it(
 ) -> None:
     options = (*OPTIONS, f"run.dir={undisturbed}", "training.steps=9")
     before = find_checkpoints(undisturbed)
-    messages = run_distributed(_fail_to_save, WORLD_SIZE, config_file, options)
+    messages = run_distributed(
+        _fail_to_save, WORLD_SIZE, config_file, options, start_method="forkserver"
+    )
     for message in messages:
-        assert "step_7: the checkpoint could not be written" in message
-        assert "No space left on device" in message
+        assert "step_7: could not be written (rank 0: No space left on device)" in message
         assert f"the last good checkpoint is {undisturbed}/checkpoints/step_6" in message
     assert find_checkpoints(undisturbed) == before
     assert not list((undisturbed / "checkpoints").glob("*.partial"))
@@ -140,7 +245,7 @@ def test_run_folder_of_another_run_is_refused(
         (folder / "prompts.jsonl").write_text(prompts.replace("1+2=?", "2+1=?"))
     try:
         with pytest.raises(ValueError, match=message):
-            run_distributed(_construct, 1, config_file, tuple(options))
+            run_distributed(_construct, 1, config_file, tuple(options), start_method="forkserver")
     finally:
         (folder / "prompts.jsonl").write_text(prompts)
 

@@ -65,6 +65,15 @@ def test_overrides_are_typed_and_later_ones_win(minimal: Path) -> None:
     assert config.evaluation.sets["gsm8k"].path == Path("gsm8k.jsonl")
 
 
+def test_override_of_an_alias_leaves_the_anchor(minimal: Path) -> None:
+    minimal.write_text(MINIMAL + "evaluation: {sets: {a: &a {path: a.jsonl}, b: *a}}\n")
+    sets = load_config(minimal, ["evaluation.sets.b.path=b.jsonl"]).evaluation.sets
+    assert {name: str(problems.path) for name, problems in sets.items()} == {
+        "a": "a.jsonl",
+        "b": "b.jsonl",
+    }
+
+
 def test_section_without_keys_has_its_defaults(minimal: Path) -> None:
     minimal.write_text(MINIMAL + "rewards:\n  # workers: 4\n")
     assert load_config(minimal).rewards.workers == 2
@@ -404,6 +413,8 @@ def test_commit_of_the_package_and_whether_it_was_changed(
     source.write_text("a = 1\n")
     monkeypatch.setattr(config_module, "__file__", str(source))
     assert git_commit() is None
+    monkeypatch.setenv("TRB_COMMIT", "of the image")
+    assert git_commit() == "of the image"
     _git(tmp_path, "init", "--quiet")
     _git(tmp_path, "add", ".")
     _git(tmp_path, "commit", "--quiet", "-m", "first")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import hf_to_megatron, inspect_checkpoint, megatron_to_hf
 from tests.families import FAMILIES, make_family_checkpoint
+from trb_megatron.checksums import write_sums
 from trb_megatron.hf_checkpoint import INDEX_FILE, CheckpointError, HFTensors
 from trb_megatron.megatron_tensors import HF_FOLDER, open_megatron_checkpoint
 from trb_megatron.tokenizer import load_tokenizer
@@ -275,8 +276,12 @@ def test_bad_megatron_checkpoint_is_refused(
     damaged: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage, message = BAD_MEGATRON[name]
-    damage(damaged / "megatron")
-    said = refusal(megatron_to_hf.main, damaged / "megatron", damaged / "target", capsys=capsys)
+    folder = damaged / "megatron"
+    damage(folder)
+    said = refusal(megatron_to_hf.main, folder, damaged / "target", capsys=capsys)
+    assert f"{folder}: damaged: " in said or name == "no index"
+    write_sums(folder)  # as if it had been written so
+    said = refusal(megatron_to_hf.main, folder, damaged / "target", capsys=capsys)
     assert message in said
     assert not list(damaged.glob("target*"))
 

@@ -50,11 +50,10 @@ def rollouts() -> list[Rollout]:
 def write_gradients(trainer: Any, folder: Path, max_tokens: int) -> None:
     """One forward and backward; the gradients, in Hugging Face's names, as if they were weights."""
     from trb_megatron.hf_weights import save_hf_checkpoint
-    from trb_megatron.models import token_multiple
 
     student = trainer.models.student
     microbatches = build_microbatches(
-        rollouts(), max_tokens, trainer.layout.device, token_multiple(student.config)
+        rollouts(), max_tokens, trainer.layout.device, student.token_multiple
     )
     trainer._forward_backward(trainer._add_teacher_hidden(microbatches))
     weights = [param.detach().clone() for param in student.parameters()]

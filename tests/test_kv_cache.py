@@ -59,7 +59,8 @@ def test_ragged_batch_says_where_tokens_go() -> None:
     table.grow(0, 2)
     batch = table.ragged_batch([2, 0], [5, 0], [1, 2], pad_to_multiple=4)
     assert batch.positions_N.tolist() == [5, 0, 1, 0]
-    assert batch.cache_index_N.tolist() == [2 * 4 + 1, 3 * 4, 3 * 4 + 1, 0]  # padding: page 0
+    assert batch.page_N.tolist() == [2, 3, 3, SCRATCH_PAGE]  # the last is padding
+    assert batch.offset_N.tolist() == [1, 0, 1, 0]
     assert batch.kv_lengths_S.tolist() == [6, 2]
     assert (batch.num_tokens, batch.max_query_length, batch.max_kv_length) == (3, 2, 6)
     assert not batch.is_uniform
@@ -75,9 +76,9 @@ def test_uniform_batch_equals_the_ragged_one() -> None:
     uniform = RaggedBatch.uniform(
         torch.tensor([6, 2]), 3, table.block_table([3, 1], 9), page_tokens=4, pad_to_multiple=4
     )
-    for name in ("positions_N", "query_lengths_S", "kv_lengths_S", "block_table_SP"):
+    tensors = "positions_N query_lengths_S kv_lengths_S block_table_SP page_N offset_N"
+    for name in tensors.split():
         assert torch.equal(getattr(ragged, name), getattr(uniform, name)), name
-    assert torch.equal(ragged.cache_index_N, uniform.cache_index_N)
     assert ragged.is_uniform and uniform.is_uniform
     assert ragged.num_tokens == uniform.num_tokens == 6
     assert ragged.max_query_length == uniform.max_query_length == 3

@@ -20,11 +20,10 @@ from trb_megatron.policies import (
     SKDPolicy,
     StudentPolicy,
     TeacherPolicy,
-    Uniforms,
     is_in_topk,
 )
 from trb_megatron.stop_alignment import StopAlignment
-from trb_megatron.uniforms import rollout_key
+from trb_megatron.uniforms import drawing_uniforms, rollout_key
 from trb_megatron.vocab_parallel import all_gather
 
 NUM_ROWS, NUM_VALID, NUM_IDS = 6, 21, 23
@@ -166,9 +165,9 @@ def test_a_draw_among_the_likely_ids_is_always_kept() -> None:
         logits_NV.repeat_interleave(2000, dim=0) for logits_NV in build_logits()
     )
     rows = torch.arange(len(student_NU))
-    uniforms = Uniforms(rollout_key(0, 0, rows, 0), torch.zeros_like(rows))
-    proposed_N = policy.propose(student_NU, uniforms)
-    token_ids_N, record = policy.draw(student_NU, teacher_NU, uniforms)
+    uniforms_3N = drawing_uniforms(rollout_key(0, 0, rows, 0), torch.zeros_like(rows))
+    proposed_N = policy.propose(student_NU, uniforms_3N)
+    token_ids_N, record = policy.draw(student_NU, teacher_NU, uniforms_3N)
     aligned_NU = policy._teacher_logits(teacher_NU)
     is_likely_N = is_in_topk(aligned_NU, 5, tp_group=None).gather(1, proposed_N[:, None])[:, 0]
     assert record.accepted[is_likely_N].all() and is_likely_N.any()
@@ -190,10 +189,10 @@ def test_acceptance_of_the_worst_models_meets_the_bound(kl_budget: float) -> Non
     sampling = Sampling(1.0, 8, (0,), seed=0, step=0, num_valid=20)
     policy = BlendPolicy(sampling, kl_budget, StopAlignment((0,), (0,)))
     rows = torch.arange(40_000)
-    uniforms = Uniforms(rollout_key(0, 0, rows, 0), torch.zeros_like(rows))
+    uniforms_3N = drawing_uniforms(rollout_key(0, 0, rows, 0), torch.zeros_like(rows))
     student_NU = torch.zeros(len(rows), 20)
     teacher_NU = student_NU + 9.0 * (torch.arange(20) % 2)
-    _, record = policy.draw(student_NU, teacher_NU, uniforms)
+    _, record = policy.draw(student_NU, teacher_NU, uniforms_3N)
     acceptance = float(record.accepted.double().mean())
     error = (acceptance * (1 - acceptance) / len(rows)) ** 0.5
     assert policy.least_acceptance - 3 * error < acceptance

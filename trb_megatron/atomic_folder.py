@@ -1,4 +1,4 @@
-"""Folders that exist under their name only when they are complete."""
+"""Folders and files that exist under their name only when they are complete."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def start_folder(target: Path) -> Path:
-    """Make an empty `<target>.partial` to write into, dropping what an earlier attempt left."""
+    """Make an empty `<target>.partial` to write into, dropping what an earlier attempt left.
+
+    Raises:
+        FileNotFoundError: the folder that `target` is in does not exist (any more).
+    """
     partial = target.with_name(target.name + PARTIAL_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
     return partial
 
 
@@ -47,6 +52,7 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; choose another folder, or pass --overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = start_folder(target)
     try:
         yield partial
@@ -54,6 +60,14 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it."""
+    beside = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    beside.write_text(text, encoding="utf-8")
+    fsync(beside)
+    os.replace(beside, path)
 
 
 def fsync(path: Path) -> None:

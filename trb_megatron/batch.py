@@ -117,7 +117,7 @@ class Microbatch:
 def build_microbatch(
     rollouts: Sequence[Rollout], device: torch.device, length_multiple: int = 1
 ) -> Microbatch:
-    """Pack rollouts, in their order, and fill up to `length_multiple` (of sequence parallelism).
+    """Pack rollouts, in their order, and fill up to `length_multiple` (a model's `token_multiple`).
 
     The last token of a response is predicted but never read: a rollout takes its length minus one.
     What fills up is a sequence of its own without loss.

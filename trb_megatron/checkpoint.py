@@ -1,31 +1,44 @@
 """Training checkpoints: written beside and renamed into place, resumed at any parallel layout.
 
 A checkpoint is a folder `checkpoints/step_N` of `megatron.core.dist_checkpointing` files (student
-and optimizer), `training_state.json`, and what an export needs of the HF checkpoint that the
-student began as. N is the number of updates done. A folder with that name is complete; one that is
-being written is called `step_N.partial`.
+and optimizer), `training_state.json`, what an export needs of the HF checkpoint that the student
+began as, and the sums of all these files. N is the number of updates done. A folder with that name
+was complete and on the disk when it got it; one that is being written is called `step_N.partial`.
+Before a run resumes, the newest folder is read against its sums, and if need be the one before it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import re
+import pickle
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import common
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from trb_megatron.atomic_folder import PARTIAL_SUFFIX, finish_folder, start_folder
+from trb_megatron.checksums import find_damage, write_sums
+from trb_megatron.hf_checkpoint import CheckpointError
 from trb_megatron.hf_config import HFModelConfig
 from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import carry_hf_files
 from trb_megatron.optimizer import load_optimizer_state
+from trb_megatron.run_folder import RunFolderError, find_checkpoints, written_together
+from trb_megatron.safe_loading import check_scaling_states, no_code_from
+from trb_megatron.shared_failure import SharedFailure, from_rank_zero
 
 STATE_FILE = "training_state.json"
 # The one sharding type of the distributed optimizer that reshards over TP, PP and DP.
@@ -33,7 +46,7 @@ _CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class TrainingCheckpointError(ValueError):
-    """A checkpoint that could not be written or read; the message names it."""
+    """A checkpoint that cannot be used; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +68,6 @@ class TrainingState:
     evaluation_is_due: bool
     data_fingerprint: str
     config: dict[str, Any]
-
-
-def find_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = {
-        int(match[1]): folder
-        for folder in (run_dir / "checkpoints").glob("step_*")
-        if (match := re.fullmatch(r"step_(\d+)", folder.name)) and folder.is_dir()
-    }
-    return [found[step] for step in sorted(found)]
 
 
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
@@ -96,6 +99,62 @@ def read_training_state(checkpoint: Path) -> TrainingState:
         raise TrainingCheckpointError(f"{file}: cannot be read ({error})") from error
 
 
+def find_good_checkpoint(
+    run_dir: Path, say: Callable[[str], None]
+) -> tuple[Path, TrainingState] | None:
+    """The newest checkpoint that reads as it was written; None before the first one.
+
+    Collective over all ranks, which read a share each. Once a good one is found, rank 0 renames
+    newer, damaged ones to `step_N.damaged`. `say` gets a line for each.
+
+    Raises:
+        TrainingCheckpointError: there are checkpoints, and none is good; nothing was renamed.
+        RunFolderError: a damaged one cannot be renamed.
+    """
+    folder = run_dir / "checkpoints"
+    damages: dict[Path, str] = {}
+    for checkpoint in from_rank_zero(lambda: find_checkpoints(run_dir)[::-1]):
+        state = _check(checkpoint)
+        if isinstance(state, TrainingState):
+            with written_together(folder, run_dir):
+                if dist.get_rank() == 0:
+                    _set_aside(damages, say)
+            return checkpoint, state
+        damages[checkpoint] = state
+    set_aside = from_rank_zero(lambda: sorted(path.name for path in folder.glob("step_*.damaged")))
+    if damages or set_aside:
+        found = [*(f"{path.name}: {damage}" for path, damage in damages.items()), *set_aside]
+        raise TrainingCheckpointError(
+            f"{folder}: no checkpoint is good ({'; '.join(found)}); put a good copy of one there, "
+            "or start over with another run.dir"
+        )
+    return None
+
+
+def _check(checkpoint: Path) -> TrainingState | str:
+    """The state in a checkpoint, or what is wrong with it. Collective like `find_damage`."""
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        return damage
+
+    def read() -> TrainingState | str:
+        try:
+            return read_training_state(checkpoint)
+        except TrainingCheckpointError as error:
+            return str(error)
+
+    return from_rank_zero(read)
+
+
+def _set_aside(damages: dict[Path, str], say: Callable[[str], None]) -> None:
+    for checkpoint, damage in damages.items():
+        aside = checkpoint.with_name(checkpoint.name + ".damaged")
+        if aside.exists():
+            shutil.rmtree(aside)
+        checkpoint.rename(aside)
+        say(f"warning: {checkpoint} is damaged ({damage}) and now called {aside.name}")
+
+
 def _sharded_state(
     student: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
@@ -120,70 +179,97 @@ def save_checkpoint(
     an export needs of it goes along.
 
     Raises:
-        TrainingCheckpointError: the write failed, on a full disk for example; what was half written
-            is removed, older checkpoints are untouched, and the message names the last one.
+        RunFolderError: the write failed, on a full disk for example; what was half written is
+            removed, older checkpoints are untouched, and the message names the last one.
     """
     target = run_dir / "checkpoints" / f"step_{state.step}"
-    partial = target.with_name(target.name + ".partial")
-    error: Exception | None = None
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    is_rank_zero = dist.get_rank() == 0
+    writing = functools.partial(written_together, target, run_dir)
     try:
-        if dist.get_rank() == 0:
+        with writing():
+            if is_rank_zero:
+                start_folder(target)
+        with writing() as failure, _kept_in_megatron(failure):
+            dist_checkpointing.save(
+                _sharded_state(student, optimizer, is_loading=False),
+                str(partial),
+                content_metadata=_CONTENT,
+            )
+        with writing():
+            if is_rank_zero:
+                names = expected_tensors(hf_config, student.module.vocab_size)
+                carry_hf_files(hf_config.path, names, partial)
+                text = json.dumps(asdict(state), indent=2)
+                (partial / STATE_FILE).write_text(text, encoding="utf-8")
+        with writing():
+            write_sums(partial)
+        with writing():
+            if is_rank_zero:
+                finish_folder(partial, target)
+                _remove_old(run_dir, keep)
+    except RunFolderError:
+        if is_rank_zero:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    except OSError as failure:
-        error = failure
-    _raise_together(error, run_dir, target)
-
-    try:
-        dist_checkpointing.save(
-            _sharded_state(student, optimizer, is_loading=False),
-            str(partial),
-            content_metadata=_CONTENT,
-        )
-        if dist.get_rank() == 0:
-            names = expected_tensors(hf_config, student.module.vocab_size)
-            carry_hf_files(hf_config.path, names, partial)
-            (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
-    except Exception as failure:  # any failure of any rank must stop all ranks, with the reason
-        error = failure
-    _raise_together(error, run_dir, target)
-
-    if dist.get_rank() == 0:
-        _remove(target)
-        partial.rename(target)
-        for old in find_checkpoints(run_dir)[:-keep]:
-            _remove(old)
-        for pattern in ("step_*.partial", "step_*.removed"):  # of runs that were killed
-            for leftover in target.parent.glob(pattern):
-                shutil.rmtree(leftover)
-    dist.barrier()
+        raise
     return target
+
+
+@contextmanager
+def _kept_in_megatron(failure: SharedFailure) -> Iterator[None]:
+    """Let the ranks stay together in `dist_checkpointing.save` when one of them cannot write.
+
+    Between its collectives it writes files, some on rank 0 alone. An exception there would leave
+    the other ranks waiting, so it is kept for later.
+    """
+
+    def keep(write: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(write)
+        def keeping(*args: Any, **kwargs: Any) -> None:
+            with failure.kept():
+                write(*args, **kwargs)
+
+        return keeping
+
+    def get_save_function(writer: FileSystemWriterAsync) -> tuple[Any, ...]:
+        write, *others = original_get(writer)
+        return None if write is None else keep(write), *others
+
+    writer = FileSystemWriterAsync
+    original_get = writer.get_save_function_and_args
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+        (writer, "get_save_function_and_args", get_save_function),  # the tensors
+        (writer, "finish", keep(writer.finish)),  # .metadata
+        (serialization, "save_config", keep(serialization.save_config)),  # metadata.json
+    ]
+    if hasattr(common, "TorchCommonSaveStrategy"):  # megatron-core 0.16 writes common.pt
+        strategy = common.TorchCommonSaveStrategy
+        replaced.append((strategy, "save_common", keep(strategy.save_common)))
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    try:
+        for owner, name, function in replaced:
+            setattr(owner, name, function)
+        yield
+    finally:
+        for owner, name, function in originals:
+            setattr(owner, name, function)
+
+
+def _remove_old(run_dir: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints, and what runs left that were killed."""
+    for old in find_checkpoints(run_dir)[:-keep]:
+        _remove(old)
+    for pattern in ("step_*.partial", "step_*.removed", "step_*.old"):
+        for leftover in (run_dir / "checkpoints").glob(pattern):
+            shutil.rmtree(leftover)
 
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint so that a kill half-way leaves no folder that looks complete."""
     removed = folder.with_name(folder.name + ".removed")
     shutil.rmtree(removed, ignore_errors=True)  # of a removal that was killed
-    if folder.exists():
-        folder.rename(removed)
-        shutil.rmtree(removed)
-
-
-def _raise_together(error: Exception | None, run_dir: Path, target: Path) -> None:
-    """Raise on all ranks when one of them failed. An all-gather over the world."""
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-    failed = [(rank, message) for rank, message in enumerate(errors) if message is not None]
-    if not failed:
-        return
-    if dist.get_rank() == 0:
-        shutil.rmtree(target.with_name(target.name + ".partial"), ignore_errors=True)
-    checkpoints = find_checkpoints(run_dir)
-    last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is none yet"
-    rank, message = failed[0]
-    raise TrainingCheckpointError(
-        f"{target}: the checkpoint could not be written (rank {rank}: {message}); {last}"
-    ) from error
+    folder.rename(removed)
+    shutil.rmtree(removed)
 
 
 def load_checkpoint(
@@ -197,14 +283,21 @@ def load_checkpoint(
         TrainingCheckpointError: the checkpoint cannot be read.
     """
     state = _load(checkpoint, _sharded_state(student, optimizer, is_loading=True))
-    student.module.load_state_dict(state["model"])
+    # Not strict: Transformer Engine's extra states are not saved.
+    student.module.load_state_dict(state["model"], strict=False)
     load_optimizer_state(optimizer, state["optimizer"])
 
 
 def _load(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(sharded_state, str(checkpoint))
-    except (CheckpointingException, CheckpointException, OSError) as error:
+        with no_code_from(checkpoint):
+            state = dist_checkpointing.load(sharded_state, str(checkpoint))
+            check_scaling_states(state["model"])
+            return state
+    except (
+        *(CheckpointError, CheckpointingException, CheckpointException, OSError),
+        pickle.UnpicklingError,
+    ) as error:
         hint = ""
         if not (checkpoint / "common.pt").is_file():
             # megatron-core 0.19 stopped writing this file, which 0.16 needs.

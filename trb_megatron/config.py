@@ -9,12 +9,12 @@ import argparse
 import difflib
 import os
 import re
+import reprlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -24,6 +24,10 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
+
+from trb_megatron.atomic_folder import write_file
+from trb_megatron.plain_yaml import BrokenYAML, dump_yaml, parse_yaml
 
 MATH_SYSTEM_PROMPT = (
     "Please reason step by step, and put your final answer within \\boxed{}."  # arXiv 2605.31159
@@ -34,9 +38,13 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message names the keys and the fix."""
 
 
-def _refuse_empty_path(value: Any) -> Any:
+def _check_path(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        raise ValueError("expected a path; put quotes around a name that is a number or a flag")
     if value == "":
         raise ValueError("an empty path; name a file or folder")  # Path("") would be the cwd
+    if re.search("[\0\ud800-\udfff]", str(value)):
+        raise ValueError("no file can have this name")
     return value
 
 
@@ -46,23 +54,44 @@ def _refuse_duplicates(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
-def _refuse_draft_tokens(value: Any) -> Any:
-    if value != "auto" and (type(value) is not int or value < 0):
-        raise ValueError("expected auto or a whole number, 0 or greater")
-    return value
+def _between(least: float, most: float) -> FieldInfo:
+    """A number within bounds, strictly: `steps: true` and `seed: '3'` are mistakes, no numbers."""
+    info: FieldInfo = Field(strict=True, ge=least, le=most)
+    return info
 
 
-# Numbers and flags are strict: `steps: true` or `distributed: 1` is a mistake, not a number.
+def _zero_or_between(least: float, most: float) -> AfterValidator:
+    def check(value: float) -> float:
+        if value != 0 and not least <= value <= most:
+            raise ValueError(f"expected 0 or a number from {least:g} to {most:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _auto_or_between(least: int, most: int) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if value != "auto" and (type(value) is not int or not least <= value <= most):
+            raise ValueError(f"expected auto or a whole number from {least} to {most:,}")
+        return value
+
+    return BeforeValidator(check)
+
+
+# Lengths and indices have 32 bits in many places.
+_MOST = 2**31 - 1
+
 Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-CountFromZero = Annotated[int, Field(strict=True, ge=0)]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Count = Annotated[int, _between(1, _MOST)]
+CountFromZero = Annotated[int, _between(0, _MOST)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
-OpenFraction = Annotated[float, Field(strict=True, gt=0, lt=1)]
+Fraction = Annotated[float, _between(0, 1)]
 Momentum = Annotated[float, Field(strict=True, ge=0, lt=1)]
+# Logits divided by less overflow, and what is left of them by more is noise.
+Temperature = Annotated[float, _between(0.01, 100)]
+TemperatureOrGreedy = Annotated[float, Field(strict=True), _zero_or_between(0.01, 100)]
 Name = Annotated[str, Field(min_length=1)]
-ConfigPath = Annotated[Path, BeforeValidator(_refuse_empty_path), AfterValidator(Path.expanduser)]
+ConfigPath = Annotated[Path, BeforeValidator(_check_path), AfterValidator(Path.expanduser)]
 # A set's name becomes part of metric names and of override keys.
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -76,6 +105,7 @@ LossName = Literal[
     "veto",
     "cross_entropy",
 ]
+FP8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 
 
 class Section(BaseModel):
@@ -88,7 +118,7 @@ class RunConfig(Section):
     """Where a run lives and which random numbers it draws."""
 
     dir: ConfigPath
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
+    seed: Annotated[int, _between(0, 2**63 - 1)] = 0
 
 
 class ModelConfig(Section):
@@ -114,7 +144,7 @@ class ParallelConfig(Section):
     sequence_parallel: Flag = False
     # there to say so: the experts of a mixture are cut over tensor-parallel ranks
     expert_model_parallel_size: Annotated[Count, AfterValidator(_refuse_expert_parallelism)] = 1
-    timeout_minutes: Positive = 30.0  # of every collective
+    timeout_minutes: Annotated[float, _between(0.02, 43_200)] = 30.0  # of every collective
 
 
 class DataConfig(Section):
@@ -136,8 +166,12 @@ class TrainingConfig(Section):
 
     task: Literal["distill", "supervised"] = "distill"
     steps: Count = 400
-    prompts_per_step: Count = 64
-    precision: Literal["fp32", "bf16"] = "bf16"
+    prompts_per_step: Annotated[int, _between(1, 2**20)] = 64
+    # fp8: the layers' matrix products of both models; all else is that of bf16
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    # how fp8 scales are found. tensorwise needs the least hardware and keeps nothing between
+    # passes, so that rollouts and resumes leave no trace
+    fp8_recipe: FP8Recipe = "tensorwise"
     max_tokens_per_microbatch: Count = 16384
     # where the teacher's hidden states wait for the loss: host (pinned memory) makes room on a GPU
     teacher_hidden_device: Literal["device", "host"] = "device"
@@ -154,9 +188,9 @@ AUTO_CACHE_SHARE = 0.8
 class RolloutConfig(Section):
     """How responses are sampled during training."""
 
-    rollouts_per_prompt: Count = 4
+    rollouts_per_prompt: Annotated[int, _between(1, 2**16)] = 4
     max_response_tokens: Count = 7168
-    temperature: NonNegative = 1.0  # 0: greedy
+    temperature: TemperatureOrGreedy = 1.0  # 0: greedy
     # null: the stop ids of each model's generation_config.json or config.json
     stop_ids: (
         Annotated[
@@ -164,16 +198,16 @@ class RolloutConfig(Section):
         ]
         | None
     ) = None
-    max_sequences: Count = 256  # cache slots of one data-parallel rank
+    max_sequences: Annotated[int, _between(1, 2**16)] = 256  # cache slots of one data-parallel rank
     # tokens of one page of the key/value cache; auto: 64, or the 256 that flash-attention 2 needs
-    page_tokens: Literal["auto"] | Count = "auto"
+    page_tokens: Annotated[Literal["auto"] | int, _auto_or_between(1, 2**16)] = "auto"
     # memory of the key/value caches on each rank; null: on a GPU 80 % of what is free, on a CPU
     # as much as all slots can ever need
-    cache_gb: Positive | None = None
+    cache_gb: Annotated[float, _between(1e-9, 1e6)] | None = None
     max_prefill_tokens: Count = 16384  # prompt tokens of one forward pass
     cuda_graphs: Flag = True  # for the student's single-token steps, on GPUs with flash-attention
     # proposals of the student per teacher call; 0: token by token; auto: by measured costs
-    draft_tokens: Annotated[Literal["auto"] | int, BeforeValidator(_refuse_draft_tokens)] = "auto"
+    draft_tokens: Annotated[Literal["auto"] | int, _auto_or_between(0, 255)] = "auto"
     keep_teacher_hidden: Flag = True  # from rollouts to the loss, which then runs no teacher
 
 
@@ -187,7 +221,7 @@ class BehaviorConfig(Section):
     kl_budget: NonNegative = 0.01  # trb: nats per token at step 0; 0: plain on-policy distillation
     schedule: Literal["linear", "constant"] = "linear"  # trb: of the budget over the warmup
     skd_top_k: Count = 25  # skd: a draw among the teacher's so many likeliest tokens is kept
-    skd_temperature: Positive = 1.0  # skd: of the teacher's draw that replaces another
+    skd_temperature: Temperature = 1.0  # skd: of the teacher's draw that replaces another
 
 
 class LossConfig(Section):
@@ -195,21 +229,24 @@ class LossConfig(Section):
 
     name: LossName = "reverse_kl_topk"
     top_k: Count = 16
-    temperature: Positive = 1.0
-    jsd_weight: OpenFraction = 0.5  # of the teacher in the mixture; 0 and 1 give zero loss
+    temperature: Temperature = 1.0
+    # of the teacher in the mixture; 0 and 1 would give zero loss
+    jsd_weight: Annotated[float, _between(0.001, 0.999)] = 0.5
     veto_coef: Fraction = 0.0  # at step 0; decays linearly to 0 over the run
-    workspace_mb: Count = 512  # for the logits of a chunk of tokens; more is a little faster
+    # for the logits of a chunk of tokens; more is a little faster
+    workspace_mb: Annotated[int, _between(1, 10**6)] = 512
 
 
 class OptimizerConfig(Section):
     """AdamW with a cosine warmup, then a constant learning rate."""
 
-    lr: Positive = 1e-5
+    lr: Annotated[float, _between(1e-12, 1)] = 1e-5
     beta1: Momentum = 0.9
     beta2: Momentum = 0.999
-    eps: Positive = 1e-8
+    eps: Annotated[float, _between(1e-20, 1)] = 1e-8  # far less is 0 in fp32
     weight_decay: NonNegative = 0.01
-    clip_grad: NonNegative = 1.0  # largest global gradient norm; 0: no clipping
+    # largest global gradient norm; 0: no clipping
+    clip_grad: Annotated[float, Field(strict=True), _zero_or_between(1e-6, 1e6)] = 1.0
     warmup_steps: CountFromZero = 15
     distributed: Flag = True  # optimizer state sharded over data-parallel ranks
 
@@ -238,19 +275,19 @@ class EvaluationConfig(Section):
     every: Count = 20
     at_start: Flag = True
     at_end: Flag = True
-    samples: Count = 1  # responses per problem
+    samples: Annotated[int, _between(1, 2**16)] = 1  # responses per problem
     pass_at: Annotated[
         tuple[Count, ...], Field(min_length=1), AfterValidator(_refuse_duplicates)
     ] = (1,)
-    temperature: NonNegative = 1.0  # 0: greedy
+    temperature: TemperatureOrGreedy = 1.0  # 0: greedy
     max_response_tokens: Count = 8192
 
 
 class RewardsConfig(Section):
     """The processes that grade answers."""
 
-    workers: Count = 2
-    timeout_s: Positive = 10.0  # for one answer
+    workers: Annotated[int, _between(1, 1024)] = 2
+    timeout_s: Annotated[float, _between(0.01, 86_400)] = 10.0  # for one answer
 
 
 class LoggingConfig(Section):
@@ -353,6 +390,18 @@ def _find_supervised_conflicts(config: Config) -> Iterator[str]:
 
 def _find_general_conflicts(config: Config) -> Iterator[str]:
     parallel, data, loss, evaluation = config.parallel, config.data, config.loss, config.evaluation
+    optimizer, training = config.optimizer, config.training
+    if optimizer.lr * optimizer.weight_decay >= 1:
+        yield (
+            f"optimizer.weight_decay: each update would multiply the weights with 1 - optimizer.lr "
+            f"* optimizer.weight_decay = {1 - optimizer.lr * optimizer.weight_decay:g}; lower it"
+        )
+    is_default = training.fp8_recipe == TrainingConfig.model_fields["fp8_recipe"].default
+    if training.precision != "fp8" and not is_default:
+        yield (
+            f"training.fp8_recipe: training.precision={training.precision} does not use it; set "
+            "training.precision=fp8, or leave it out"
+        )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield (
             "parallel.sequence_parallel: there is nothing to split with "
@@ -409,28 +458,6 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
 # ---------------------------------------------------------------- reading and writing
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and reads 1e-5 as a number, as YAML 1.2 does."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
-                )
-            if isinstance(key_node, yaml.ScalarNode):
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `section.key=value` overrides in order, and check the result.
 
@@ -471,7 +498,10 @@ def parse_config(values: dict[str, Any], source: str = "configuration") -> Confi
     try:
         return Config.model_validate(present)
     except ValidationError as error:
-        lines = [_describe(detail) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        lines = [_describe(detail) for detail in details[:_MAX_LINES]]
+        if len(details) > _MAX_LINES:
+            lines.append(f"and {len(details) - _MAX_LINES} more")
         raise ConfigError("\n  ".join([f"{source}:", *lines])) from None
 
 
@@ -480,11 +510,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
     The file is complete or absent: it is written beside its place and renamed.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.partial")
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_file(Path(path), dump_yaml(config.model_dump(mode="json")))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -493,11 +519,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        values = _parse_yaml(content.decode("utf-8"))
+        values = parse_yaml(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ConfigError(f"{path}:{line}: not valid UTF-8; save the file as UTF-8") from None
-    except ConfigError as error:
+    except BrokenYAML as error:
         raise ConfigError(f"{path}:{error}") from None
     if values is None:
         return {}
@@ -506,58 +532,57 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_yaml(text: str) -> Any:
-    """Parse one YAML document; the ConfigError of broken YAML starts with the line number."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark is not None else 1
-        raise ConfigError(f"{line}: broken YAML: {error.problem}") from None
-    except yaml.reader.ReaderError as error:
-        line = text[: error.position].count("\n") + 1
-        raise ConfigError(f"{line}: broken YAML: {error.reason}") from None
-
-
 def _apply_override(values: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
+    keys, shown = name.strip().split("."), _shorten.repr(override)
     if not equals or not all(keys):
-        raise ConfigError(f"override {override!r}: write it as section.key=value")
+        raise ConfigError(f"override {shown}: write it as section.key=value")
     try:
-        value = _parse_yaml(text)
-    except ConfigError as error:
-        raise ConfigError(f"override {override!r}: the value's line {error}") from None
+        value = parse_yaml(text)
+    except BrokenYAML as error:
+        raise ConfigError(f"override {shown}: the value's line {error}") from None
     section = values
     for depth, key in enumerate(keys[:-1]):
-        if section.get(key) is None:
-            section[key] = {}
-        section = section[key]
-        if not isinstance(section, dict):
+        inner = {} if section.get(key) is None else section[key]
+        if not isinstance(inner, dict):
             raise ConfigError(
-                f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section"
+                f"override {shown}: {'.'.join(keys[: depth + 1])} is a value, not a section"
             )
+        section[key] = dict(inner)  # an alias may stand for the same mapping elsewhere
+        section = section[key]
     section[keys[-1]] = value
+
+
+_MAX_LINES = 20
+
+# What an error shows of a value is short, even if it names itself or its parts a million times.
+_shorten = reprlib.Repr()
+_shorten.maxlevel = 2
+_shorten.maxstring = 80
 
 
 def _describe(detail: Any) -> str:
     """Turn one pydantic error into a line with the key, what is wrong and what to do."""
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"{key}: unknown key; did you mean {_nearest_key(key)}?"
+        if "." in detail["loc"][-1]:
+            return f"{key}: unknown key; a dotted key is an override: a file has sections with keys"
+        return f"{key}: unknown key; did you mean {_nearest_key(key[:100])}?"
     if detail["type"] == "missing":
         return f"{key}: required, but not given"
+    if detail["type"] == "model_type":
+        return f"{key}: expected a section with keys (now {_shorten.repr(detail['input'])})"
     message = detail["msg"].removeprefix("Value error, ")
     if not key:  # a conflict between sections names its keys itself
         return message.replace("\n", "\n  ")
-    return f"{key}: {message[0].lower()}{message[1:]} (now {detail['input']!r})"
+    return f"{key}: {message[0].lower()}{message[1:]} (now {_shorten.repr(detail['input'])})"
 
 
 def _nearest_key(unknown: str) -> str:
     def similarity(known: str) -> float:
         whole = difflib.SequenceMatcher(None, unknown, known).ratio()
         leaf = difflib.SequenceMatcher(None, unknown.split(".")[-1], known.split(".")[-1]).ratio()
-        return whole + leaf  # a right key in the wrong section has the right leaf
+        return whole + leaf + (leaf == 1)  # a right key in the wrong section
 
     return max(_key_names(Config), key=similarity)
 
@@ -575,11 +600,12 @@ def _key_names(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 # ---------------------------------------------------------------- is this the same run?
 
 # What may change between a run and its resume: none of it alters what the next step computes
-# (except by rounding, for another layout).
+# (except by rounding, for another layout or FP8 recipe).
 _MAY_CHANGE = (
     "run.dir",
     "parallel",
     "training.steps",
+    "training.fp8_recipe",
     "training.max_tokens_per_microbatch",
     "training.teacher_hidden_device",
     "training.max_nonfinite_steps",
@@ -619,17 +645,20 @@ def _fixed_values(config: Config) -> dict[str, Any]:
                 flat["training.steps"] = value  # the veto coefficient decays over them
             elif section not in _MAY_CHANGE and f"{section}.{key}" not in _MAY_CHANGE:
                 flat[f"{section}.{key}"] = value
+    if config.training.precision == "fp8":
+        flat["training.precision"] = "bf16"  # what weights and optimizer state are, in both
     return flat
 
 
 def git_commit() -> str | None:
     """The commit this package's source was checked out at, with "-dirty" if it was changed since.
 
-    None when the package does not run from its own git checkout.
+    Outside its own git checkout, the commit that a container image was built from (TRB_COMMIT), or
+    None.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # installed, perhaps inside somebody else's repository
-        return None
+        return os.environ.get("TRB_COMMIT") or None
     describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     command = ["git", "-C", str(root), *describe]
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 from trb_megatron.batch import Microbatch
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
-from trb_megatron.models import HiddenStateGPTModel, token_multiple
+from trb_megatron.models import HiddenStateGPTModel
 from trb_megatron.pipeline import StageLink
 
 LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
@@ -29,8 +29,8 @@ LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
 class CachedModel:
     """A model and its cache: runs new tokens of many sequences through all pipeline stages.
 
-    Every rank of a model replica makes the same calls. Activations travel by point-to-point sends
-    over the pipeline group.
+    Every rank of a model replica makes the same calls, with gradients disabled. Activations travel
+    by point-to-point sends over the pipeline group.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class CachedModel:
         self._link = StageLink(layout)
         self._layout = layout
 
-    @torch.no_grad()
     def forward(self, batch: RaggedBatch, tokens_N: Tensor) -> Tensor | None:
         """Run `batch.num_tokens` packed token ids, reading and growing the cache.
 
@@ -54,17 +53,21 @@ class CachedModel:
         self.cache.batch = batch
         num_rows = batch.positions_N.numel()
         if not layout.is_first_stage:
-            num_received = num_rows // token_multiple(model.config)
-            shape = (num_received, 1, model.config.hidden_size)
+            shape = (num_rows // model.num_sequence_shards, 1, model.config.hidden_size)
             model.set_input_tensor(self._link.receive(shape, model.config.params_dtype))
         tokens_1N = F.pad(tokens_N, (0, num_rows - tokens_N.numel()))[None]
-        hidden_N1H = model(tokens_1N, batch.positions_N[None], None, inference_context=self.cache)
+        hidden_N1H = model(
+            tokens_1N,
+            batch.positions_N[None],
+            None,
+            decoder_input=model.embed(tokens_1N),
+            inference_context=self.cache,
+        )
         if not layout.is_last_stage:
             self._link.send(hidden_N1H)
             return None
         return model.gather_hidden(hidden_N1H)[: batch.num_tokens, 0]
 
-    @torch.no_grad()
     def project(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N, U] of hidden states, on the last stage."""
         return self.model.project(hidden_NH)

@@ -34,6 +34,18 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the tensor."""
 
 
+def check_file_name(name: object, named_by: Path) -> None:
+    """Refuse a name in a file that is not plainly that of a file beside it.
+
+    Raises:
+        CheckpointError: it would lead out of the folder, or is no text.
+    """
+    if not isinstance(name, str) or name != Path(name).name:
+        raise CheckpointError(
+            f"{named_by}: refused, it names the file {name!r}, which is not in its folder"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object, naming the file when it is missing or broken.
 
@@ -55,8 +67,8 @@ class HFTensors:
     """The safetensors files of a checkpoint folder, memory-mapped and read where they are sliced.
 
     Raises:
-        CheckpointError: no safetensors, an index that names a missing file or tensor, or a
-            truncated or corrupt file.
+        CheckpointError: no safetensors, an index that names a missing file or tensor or a file
+            outside the folder, or a truncated or corrupt file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,6 +87,8 @@ class HFTensors:
                 else ""
             )
             raise CheckpointError(f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE} found{hint}")
+        for name in (weight_map or {}).values():
+            check_file_name(name, path / INDEX_FILE)
         files = {SINGLE_FILE} if weight_map is None else set(weight_map.values())
         self._handles = {name: self._open(name) for name in sorted(files)}
         contents = {

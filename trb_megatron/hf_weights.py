@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,7 @@ from trb_megatron.hf_checkpoint import (
 from trb_megatron.hf_config import HFModelConfig
 from trb_megatron.models import HiddenStateGPTModel
 from trb_megatron.param_mapping import MappedParam, TensorSlice, map_params, stored_params
+from trb_megatron.shared_failure import SharedFailure
 
 # Transformer Engine fuses a norm into the linear layer behind it, and checkpoints name it so.
 _FUSED_NORMS = {
@@ -118,20 +120,33 @@ def save_hf_checkpoint(
     `hf_vocab_size` rows; configuration, tokenizer, chat template and generation config are copied.
     The folder is written as `<target>.partial` and renamed when complete, replacing an older
     export.
+
+    Raises:
+        OSError: a rank could not write; on all ranks, and what was written is removed.
     """
     partial = target.with_name(target.name + PARTIAL_SUFFIX)
-    if dist.get_rank() == 0:
-        start_folder(target)
-    dist.barrier()
-    tensors = _stage_tensors(model, config)
-    if layout.dp_rank == 0:
-        _save_stage(model, config, layout, tensors, partial)
-    stages = _gather_stages(tensors, layout)  # all have written when this returns
-    if dist.get_rank() == 0:
-        write_index(partial, stages)
-        copy_side_files(config.path, partial)
-        finish_folder(partial, target)
-    dist.barrier()
+    failure = SharedFailure(target.parent)
+    is_rank_zero = dist.get_rank() == 0
+    try:
+        with failure.kept():
+            if is_rank_zero:
+                start_folder(target)
+        failure.raise_together(OSError)
+        tensors = _stage_tensors(model, config)
+        if layout.dp_rank == 0:
+            _save_stage(model, config, layout, tensors, partial, failure)
+        stages = _gather_stages(tensors, layout)
+        failure.raise_together(OSError)
+        with failure.kept():
+            if is_rank_zero:
+                write_index(partial, stages)
+                copy_side_files(config.path, partial)
+                finish_folder(partial, target)
+        failure.raise_together(OSError)
+    except OSError:
+        if is_rank_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _exported_parameters(
@@ -160,19 +175,23 @@ def _save_stage(
     layout: ParallelLayout,
     tensors: list[TensorInfo],
     folder: Path,
+    failure: SharedFailure,
 ) -> None:
-    """Write this stage's file parameter by parameter. Gathers over the tensor-parallel group."""
-    with ExitStack() as stack:
+    """Write this stage's file parameter by parameter. Gathers over the tensor-parallel group.
+
+    A write that fails is kept in `failure`, and the gathers go on.
+    """
+    with failure.kept(), ExitStack() as stack:
         if layout.tp_rank == 0:
-            file = stack.enter_context(
-                (folder / shard_name(layout.pp_rank, layout.pp_size)).open("wb")
-            )
-            writer = ShardWriter(file, tensors)
+            with failure.kept():
+                path = folder / shard_name(layout.pp_rank, layout.pp_size)
+                writer = ShardWriter(stack.enter_context(path.open("wb")), tensors)
         for param, mapped in _exported_parameters(model, config):
             shards = _gather_shards(param.data, layout)
-            if layout.tp_rank == 0:
-                for name, tensor in mapped.join_shards(shards).items():
-                    writer.write(name, tensor)
+            if layout.tp_rank == 0 and failure.error is None:
+                with failure.kept():
+                    for name, tensor in mapped.join_shards(shards).items():
+                        writer.write(name, tensor)
 
 
 def _gather_stages(tensors: list[TensorInfo], layout: ParallelLayout) -> list[list[TensorInfo]]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -35,8 +36,8 @@ class RaggedBatch:
         query_lengths_S: new tokens of each sequence; they sum to `num_tokens` <= N.
         kv_lengths_S: tokens of each sequence including the new ones.
         block_table_SP: pages of each sequence.
-        cache_index_N: page * page_tokens + offset at which each new token is stored.
-        num_tokens: new tokens without padding; rows beyond are padding for sequence parallelism.
+        page_N, offset_N: where each new token is stored: the page and the place in it.
+        num_tokens: new tokens without padding; rows beyond are padding.
         page_tokens: tokens of a page.
         max_query_length, max_kv_length: the largest entry, and at least the largest, as numbers.
     """
@@ -45,7 +46,8 @@ class RaggedBatch:
     query_lengths_S: Tensor
     kv_lengths_S: Tensor
     block_table_SP: Tensor
-    cache_index_N: Tensor
+    page_N: Tensor
+    offset_N: Tensor
     num_tokens: int
     page_tokens: int
     max_query_length: int
@@ -94,14 +96,13 @@ class RaggedBatch:
         new = torch.arange(num_new, device=past_S.device)
         positions_SG = past_S[:, None] + new
         page_SG = block_table_SP.gather(1, positions_SG // page_tokens)
-        cache_index_SG = page_SG * page_tokens + positions_SG % page_tokens
-        padding = (0, -positions_SG.numel() % pad_to_multiple)
         return cls(
-            positions_N=F.pad(positions_SG.flatten(), padding),
+            positions_N=_pad(positions_SG.flatten(), pad_to_multiple),
             query_lengths_S=torch.full_like(past_S, num_new),
             kv_lengths_S=past_S + num_new,
             block_table_SP=block_table_SP,
-            cache_index_N=F.pad(cache_index_SG.flatten(), padding),
+            page_N=_pad(page_SG.flatten(), pad_to_multiple),
+            offset_N=_pad((positions_SG % page_tokens).flatten(), pad_to_multiple),
             num_tokens=positions_SG.numel(),
             page_tokens=page_tokens,
             max_query_length=num_new,
@@ -137,9 +138,7 @@ class PageTable:
         self._free = list(range(num_pages, SCRATCH_PAGE, -1))
         self._num_users = [0] * (num_pages + 1)
         self._pages: list[list[int]] = [[] for _ in range(num_slots)]
-        self._table = torch.full(
-            (num_slots, self.pages_for(max_tokens)), SCRATCH_PAGE, dtype=torch.long
-        )
+        self._table = np.full((num_slots, self.pages_for(max_tokens)), SCRATCH_PAGE)
 
     @property
     def num_free(self) -> int:
@@ -199,9 +198,8 @@ class PageTable:
 
     def block_table(self, slots: Sequence[int], num_tokens: int) -> Tensor:
         """Pages [S, P] of the slots, for sequences of at most `num_tokens` tokens."""
-        return self._table[list(slots), : self.pages_for(num_tokens)].to(
-            self.device, non_blocking=True
-        )
+        pages_SP = self._table[list(slots), : self.pages_for(num_tokens)]
+        return torch.from_numpy(pages_SP).to(self.device, non_blocking=True)
 
     def ragged_batch(
         self,
@@ -217,17 +215,16 @@ class PageTable:
         row_N = torch.repeat_interleave(torch.arange(len(slots)), query_S)
         first_N = (query_S.cumsum(0) - query_S)[row_N]
         positions_N = past_S[row_N] + torch.arange(num_tokens) - first_N
-        block_table_SP = self._table[list(slots), : self.pages_for(max_kv)]
+        block_table_SP = torch.from_numpy(self._table[list(slots), : self.pages_for(max_kv)])
         page_N = block_table_SP[row_N, positions_N // self.page_tokens]
-        cache_index_N = page_N * self.page_tokens + positions_N % self.page_tokens
-
-        padding = (0, -num_tokens % pad_to_multiple)
+        offset_N = positions_N % self.page_tokens
         return RaggedBatch(
-            positions_N=F.pad(positions_N, padding).to(self.device),
+            positions_N=_pad(positions_N, pad_to_multiple).to(self.device),
             query_lengths_S=query_S.to(self.device),
             kv_lengths_S=kv_S.to(self.device),
             block_table_SP=block_table_SP.to(self.device),
-            cache_index_N=F.pad(cache_index_N, padding).to(self.device),
+            page_N=_pad(page_N, pad_to_multiple).to(self.device),
+            offset_N=_pad(offset_N, pad_to_multiple).to(self.device),
             num_tokens=num_tokens,
             page_tokens=self.page_tokens,
             max_query_length=max(new_lengths),
@@ -249,7 +246,8 @@ class PagedKVCache:
 
     Megatron's model takes it for its inference context (it never checks the type) and hands it to
     the layers (`models.PagedTransformerLayer`). Memory is `bytes_per_token` for each of
-    (pages + 1) * page_tokens tokens.
+    (pages + 1) * page_tokens tokens. A layer's pool is [pages, 2 * g, page_tokens, d], the heads of
+    the keys before those of the values: what attention reads of a head lies side by side.
 
     Args:
         layer_numbers: of the layers on this pipeline stage, as they count in the model.
@@ -258,12 +256,21 @@ class PagedKVCache:
     def __init__(
         self, config: TransformerConfig, layer_numbers: range, page_table: PageTable
     ) -> None:
-        pages = (page_table.num_pages + 1) * page_table.page_tokens
-        pool = (len(layer_numbers), pages, *_head_shape(config))
+        groups, head_size = _head_shape(config)
+        self._pools = torch.zeros(
+            len(layer_numbers),
+            page_table.num_pages + 1,
+            2 * groups,
+            page_table.page_tokens,
+            head_size,
+            dtype=config.params_dtype,
+            device=page_table.device,
+        )
         self._first_layer = layer_numbers.start
-        self._keys = torch.zeros(pool, dtype=config.params_dtype, device=page_table.device)
-        self._values = torch.zeros_like(self._keys)
-        self._page_tokens = page_table.page_tokens
+        # Of each layer: what one head keeps of one token, and of a whole page, as rows.
+        self._token_rows = self._pools.view(len(layer_numbers), -1, head_size).unbind()
+        self._page_rows = self._pools.flatten(1, 2).flatten(2).unbind()
+        self._head_2g = torch.arange(2 * groups, device=page_table.device)
         self.max_sequence_length = page_table.max_tokens
         self._batch: RaggedBatch | None = None
         self._rotation: tuple[Tensor, Tensor] | None = None
@@ -282,37 +289,54 @@ class PagedKVCache:
     @batch.setter
     def batch(self, batch: RaggedBatch) -> None:
         self._batch, self._rotation = batch, None
+        num_heads = len(self._head_2g)
+        page_row_N1 = batch.page_N[:, None] * num_heads + self._head_2g
+        token_row_NH = page_row_N1 * batch.page_tokens + batch.offset_N[:, None]
+        self._written_rows = token_row_NH.flatten()
+        page_row_SHP = batch.block_table_SP[:, None] * num_heads + self._head_2g[:, None]
+        self._read_rows = page_row_SHP.flatten()
+        self._read_shape = (len(page_row_SHP), 2, num_heads // 2, -1, self._pools.shape[-1])
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages, in all layers."""
-        for pool in (self._keys, self._values):
-            pages = pool.unflatten(1, (-1, self._page_tokens))
-            pages[:, list(targets)] = pages[:, list(sources)]
+        self._pools[:, list(targets)] = self._pools[:, list(sources)]
 
-    def rotate(self, heads_N1hd: Tensor, angles: Tensor) -> Tensor:
-        """Rotate queries or keys by each token's position; `angles` is [max_tokens, 1, 1, d].
+    def rotate(self, heads_N1ghd: Tensor, angles: Tensor) -> Tensor:
+        """Rotate queries and keys by each token's position; `angles` is [max_tokens, 1, 1, d].
 
         The same as Megatron's `apply_rotary_pos_emb`, but the angles' cosines and sines are
         computed once for all layers.
         """
+        half = heads_N1ghd.shape[-1] // 2
         if self._rotation is None:
-            angles_N11d = angles[self.batch.positions_N]
-            dtype = heads_N1hd.dtype
-            self._rotation = angles_N11d.cos().to(dtype), angles_N11d.sin().to(dtype)
-        cos_N11d, sin_N11d = self._rotation
-        first, second = heads_N1hd.chunk(2, dim=-1)
-        return heads_N1hd * cos_N11d + torch.cat((-second, first), dim=-1) * sin_N11d
+            angles_N111d = angles.index_select(0, self.batch.positions_N)[:, None]
+            sin_N111d = angles_N111d.sin()
+            sin_N111d[..., :half].neg_()
+            dtype = heads_N1ghd.dtype
+            self._rotation = angles_N111d.cos().to(dtype), sin_N111d.to(dtype)
+        cos_N111d, signed_sin_N111d = self._rotation
+        swapped_N1ghd = heads_N1ghd.roll(half, dims=-1)
+        return torch.addcmul(heads_N1ghd * cos_N111d, swapped_N1ghd, signed_sin_N111d)
 
-    def append(self, layer: int, keys_N1gd: Tensor, values_N1gd: Tensor) -> None:
+    def append(self, layer: int, keys_N1g1d: Tensor, values_N1g1d: Tensor) -> None:
         """Store keys and values of the new tokens, in the layer of this number in the model."""
-        index_N, row = self.batch.cache_index_N, layer - self._first_layer
-        self._keys[row].index_copy_(0, index_N, keys_N1gd.squeeze(1))
-        self._values[row].index_copy_(0, index_N, values_N1gd.squeeze(1))
+        rows = torch.cat((keys_N1g1d, values_N1g1d), dim=2).view(-1, keys_N1g1d.shape[-1])
+        self._token_rows[layer - self._first_layer].index_copy_(0, self._written_rows, rows)
+
+    def gather(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the batch's sequences in a layer, each [S, g, k, d]."""
+        rows = self._page_rows[layer - self._first_layer].index_select(0, self._read_rows)
+        keys_Sgkd, values_Sgkd = rows.view(self._read_shape).unbind(1)
+        return keys_Sgkd, values_Sgkd
 
     def pools(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer, [pages, page_tokens, g, d]."""
-        paged, row = (-1, self._page_tokens), layer - self._first_layer
-        return self._keys[row].unflatten(0, paged), self._values[row].unflatten(0, paged)
+        """All keys and values of a layer, [pages, page_tokens, g, d].
+
+        Of these views the last dimension alone is contiguous, which is all that flash-attention
+        asks for.
+        """
+        keys, values = self._pools[layer - self._first_layer].transpose(1, 2).chunk(2, dim=2)
+        return keys, values
 
     # What Megatron's model asks of an inference context before it comes to the layers.
     use_flashinfer_fused_rope = False
@@ -335,6 +359,12 @@ class PagedKVCache:
 def _head_shape(config: TransformerConfig) -> tuple[int, int]:
     assert config.num_query_groups is not None and config.kv_channels is not None
     return config.num_query_groups // config.tensor_model_parallel_size, config.kv_channels
+
+
+def _pad(values_N: Tensor, multiple: int) -> Tensor:
+    """With zeros at the end, so that the length is a multiple."""
+    padding = -len(values_N) % multiple
+    return F.pad(values_N, (0, padding)) if padding else values_N
 
 
 def _cumulative(lengths_S: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ that wrote it, and an index of all chunks. It knows no layout: any layout can re
 be written, and reading maps the files, so that neither needs memory for a model.
 
 Besides the tensors, the folder carries what an export needs: the HF configuration, tokenizer, chat
-template and generation config in `hf/`, and the types of the HF tensors in `hf_dtypes.json`.
+template and generation config in `hf/`, the types of the HF tensors in `hf_dtypes.json`, and the
+sums of all files.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from trb_megatron.checksums import check_sums
 from trb_megatron.hf_checkpoint import (
+    DTYPES,
     CheckpointError,
     HFTensors,
     copy_side_files,
@@ -52,10 +55,10 @@ from trb_megatron.hf_checkpoint import (
 )
 from trb_megatron.hf_config import read_hf_config
 from trb_megatron.param_mapping import Chunk, MappedParam, Shape, stored_params
+from trb_megatron.safe_loading import INDEX_FILE, read_index
 
 HF_FOLDER = "hf"
 DTYPES_FILE = "hf_dtypes.json"
-_INDEX_FILE = ".metadata"
 _COMMON_FILE = "common.pt"
 _READ_BYTES = 32 * 2**20  # at most this much of a chunk is copied at a time
 
@@ -79,9 +82,17 @@ def carry_hf_files(source: Path, names: Iterable[str], checkpoint: Path) -> None
 
 
 def read_hf_dtypes(checkpoint: Path) -> Callable[[str], torch.dtype]:
-    """The type of each HF tensor, by name, in the checkpoint that this one was made from."""
+    """The type of each HF tensor, by name, in the checkpoint that this one was made from.
+
+    Raises:
+        CheckpointError: the record names a type that weights cannot have.
+    """
     record = read_json(checkpoint / DTYPES_FILE)
-    return lambda name: getattr(torch, record["others"].get(name, record["default"]))
+    dtypes = {str(dtype)[6:]: dtype for dtype in DTYPES.values()}
+    unknown = {record["default"], *record["others"].values()} - set(dtypes)
+    if unknown:
+        raise CheckpointError(f"{checkpoint / DTYPES_FILE}: no types of weights: {sorted(unknown)}")
+    return lambda name: dtypes[record["others"].get(name, record["default"])]
 
 
 # Writing
@@ -293,19 +304,21 @@ class MegatronTensors:
     Whatever layout wrote it, a training run or `write_checkpoint`; other tensors in it, those of an
     optimizer, are not looked at.
 
+    Args:
+        check: read all files against their sums first; collective over all ranks of a job.
+
     Raises:
         CheckpointError: not a Megatron checkpoint, an incomplete or a damaged one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, check: bool = True) -> None:
         self.path = path
         refuse_partial(path)
-        if not (path / _INDEX_FILE).is_file():
-            raise CheckpointError(f"{path}: not a complete Megatron checkpoint (no {_INDEX_FILE})")
-        try:
-            self._metadata = dcp.FileSystemReader(path).read_metadata()
-        except Exception as error:  # a damaged pickle raises anything
-            raise CheckpointError(f"{path / _INDEX_FILE}: corrupt ({error})") from error
+        if not (path / INDEX_FILE).is_file():
+            raise CheckpointError(f"{path}: not a complete Megatron checkpoint (no {INDEX_FILE})")
+        if check:
+            check_sums(path)
+        self._metadata = read_index(path)
         self._params: dict[str, MappedParam] = {}
         self._chunks: dict[tuple[str, Shape], list[_StoredChunk]] = {}
 
@@ -367,7 +380,7 @@ class MegatronTensors:
             ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.offset + chunk.length)
         for file, end in ends.items():
             if not file.is_file():
-                raise CheckpointError(f"{file}: no such file, but {_INDEX_FILE} names it")
+                raise CheckpointError(f"{file}: no such file, but {INDEX_FILE} names it")
             if file.stat().st_size < end:
                 raise CheckpointError(f"{file}: truncated ({file.stat().st_size} of {end} bytes)")
 
@@ -388,8 +401,13 @@ class MegatronTensors:
         return entry
 
 
-def open_megatron_checkpoint(path: Path) -> tuple[MegatronTensors, dict[str, MappedParam]]:
+def open_megatron_checkpoint(
+    path: Path, *, check: bool = True
+) -> tuple[MegatronTensors, dict[str, MappedParam]]:
     """Open a Megatron checkpoint and check that it holds the model that its HF files describe.
+
+    Args:
+        check: read all files against their sums first; collective over all ranks of a job.
 
     Returns:
         Its tensors, and its parameters by Megatron name.
@@ -397,7 +415,7 @@ def open_megatron_checkpoint(path: Path) -> tuple[MegatronTensors, dict[str, Map
     Raises:
         CheckpointError: not a Megatron checkpoint, an incomplete, damaged or contradictory one.
     """
-    tensors = MegatronTensors(path)
+    tensors = MegatronTensors(path, check=check)
     config = read_hf_config(path / HF_FOLDER)
     params = stored_params(config.family, config.shape(tensors.padded_vocab_size))
     tensors.map(params.values())

@@ -21,6 +21,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from trb_megatron.atomic_folder import write_file
 from trb_megatron.config import Config
 
 
@@ -28,7 +29,8 @@ class MetricsLogger:
     """Writes each step's metrics to metrics.jsonl and, where asked, to TensorBoard and W&B.
 
     JSON has no NaN or infinity: such values, like None, are written as null and shown by neither
-    TensorBoard nor W&B. Raises ValueError when `wandb_project` is set but W&B is not installed.
+    TensorBoard nor W&B. Raises ValueError when `wandb_project` is set but W&B is not installed, and
+    OSError, here or from `log`, when something cannot be written, such as a file that has vanished.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class MetricsLogger:
     ) -> None:
         self._run_dir = run_dir
         self._path = run_dir / "metrics.jsonl"
-        self._file = self._path.open("a", encoding="utf-8")
+        self._path.touch()
         self._has_tensorboard = tensorboard
         self._purge_step: int | None = None
         self._wandb_run = _start_wandb(run_dir, wandb_project, config) if wandb_project else None
@@ -44,8 +46,10 @@ class MetricsLogger:
     def log(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Write the metrics of a step as one flushed line, `{"step": step, ...}`."""
         finite = {name: _finite_or_none(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        # Opened anew each time, and never made anew: so a folder that has vanished is noticed.
+        with self._path.open("r+", encoding="utf-8") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._show(step, finite)
 
     def add(self, step: int, values: Mapping[str, float | int | None]) -> None:
@@ -53,7 +57,7 @@ class MetricsLogger:
         finite = {name: _finite_or_none(value) for name, value in values.items()}
         rows = [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
         row = rows.pop() if rows and rows[-1]["step"] == step else {"step": step}
-        self._rewrite([json.dumps(row) + "\n" for row in (*rows, row | finite)])
+        write_file(self._path, "".join(json.dumps(r) + "\n" for r in (*rows, row | finite)))
         self._show(step, finite)
 
     def _show(self, step: int, finite: Mapping[str, float | int | None]) -> None:
@@ -68,26 +72,15 @@ class MetricsLogger:
     def truncate_after(self, step: int) -> None:
         """Drop the rows of steps past `step`, which a resumed run is about to repeat.
 
-        Call it before the first `log`. A line that a crash left half-written goes, too.
+        Call it before the first `log`. Lines that a crash left half-written go, too.
         """
         assert "_tensorboard" not in self.__dict__, "truncate_after follows log"
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        self._rewrite(
-            [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        )
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_file(self._path, "".join(line for line in lines if _step_of(line) <= step))
         self._purge_step = step + 1
-
-    def _rewrite(self, lines: list[str]) -> None:
-        """Replace metrics.jsonl as a whole: it has the old lines or the new ones."""
-        self._file.close()
-        beside = self._path.with_name(".metrics.jsonl.partial")
-        beside.write_text("".join(lines), encoding="utf-8")
-        os.replace(beside, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Write what is buffered and close every file."""
-        self._file.close()
         if "_tensorboard" in self.__dict__:
             self._tensorboard.close()
         if self._wandb_run is not None:
@@ -97,6 +90,14 @@ class MetricsLogger:
     def _tensorboard(self) -> SummaryWriter:
         # purge_step makes TensorBoard forget what the interrupted run wrote from there on.
         return SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._purge_step)
+
+
+def _step_of(line: str) -> float:
+    """The step of a row of metrics.jsonl; infinity when it is not whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
 
 
 def _finite_or_none(value: float | int | None) -> float | int | None:
@@ -113,7 +114,7 @@ def _start_wandb(run_dir: Path, project: str, config: Config) -> Any:
         ) from None
     id_file = run_dir / "wandb_id"  # a resumed run continues its own curves
     if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex)
+        write_file(id_file, uuid.uuid4().hex)
     return wandb.init(
         project=project,
         name=run_dir.name,

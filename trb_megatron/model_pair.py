@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from trb_megatron.config import Config
+from trb_megatron import fp8
+from trb_megatron.config import Config, FP8Recipe
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.hf_config import HFModelConfig
 from trb_megatron.hf_weights import load_hf_weights
-from trb_megatron.models import HiddenStateGPTModel, build_model
+from trb_megatron.models import HiddenStateGPTModel, build_model, fp8_platform
 from trb_megatron.pair_config import PairConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of parameters and activations."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,13 @@ class ModelPair:
         """Build both models and read their weights; `say` gets one line for each.
 
         Raises:
-            ValueError: a checkpoint whose weights cannot be used.
+            ValueError: a checkpoint whose weights cannot be used, FP8 where it cannot run.
         """
+        recipes: dict[str, FP8Recipe] = {}
+        if config.training.precision == "fp8":
+            recipe = config.training.fp8_recipe
+            fp8.check_platform(recipe, fp8_platform(layout.device))
+            recipes = {"student": recipe, "teacher": fp8.frozen_recipe(recipe)}
 
         def load(name: str, hf_config: HFModelConfig) -> HiddenStateGPTModel:
             say(f"{name}: loading {hf_config.path}")
@@ -48,6 +55,7 @@ class ModelPair:
                 dtype=DTYPES[config.training.precision],
                 sequence_parallel=config.parallel.sequence_parallel,
                 recompute_activations=name == "student" and config.training.recompute_activations,
+                fp8_recipe=recipes.get(name),
             )
             load_hf_weights(model, hf_config, layout)
             return model

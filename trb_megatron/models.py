@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -37,6 +41,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from trb_megatron import fp8
+from trb_megatron.config import FP8Recipe
 from trb_megatron.distributed import ParallelLayout
 from trb_megatron.hf_config import HFModelConfig, check_layout, layers_of_stages
 from trb_megatron.kv_cache import PagedKVCache
@@ -123,8 +129,13 @@ class PagedTransformerLayer(TransformerLayer):
             self.input_layernorm(hidden_states), inference_context, rotary_pos_emb
         )
         hidden_states = hidden_states + attended
-        output, _ = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return hidden_states + output, None
+        return hidden_states + self._feed_forward(self.pre_mlp_layernorm(hidden_states)), None
+
+    def _feed_forward(self, normed_N1H: Tensor) -> Tensor:
+        if self.config.num_moe_experts is not None:
+            return self.mlp(normed_N1H)[0]
+        gate, up = self.mlp.linear_fc1(normed_N1H)[0].chunk(2, dim=-1)
+        return self.mlp.linear_fc2(F.silu(gate) * up)[0]
 
 
 class PagedSelfAttention(SelfAttention):
@@ -136,30 +147,49 @@ class PagedSelfAttention(SelfAttention):
         Megatron's own call of flash-attention is used where it can read the pages. `angles` are
         the rotary embedding's, [max_tokens, 1, 1, d].
         """
-        query, key, value = self.get_query_key_value_tensors(hidden_N1H)
-        query, key = cache.rotate(query, angles), cache.rotate(key, angles)
-        cache.append(self.layer_number, key, value)
-        keys, values = cache.pools(self.layer_number)
-        if flash_attention_version(query.device, query.dtype) is None:
+        query_N1grd, key_N1g1d, value_N1g1d = self._query_key_value(hidden_N1H)
+        rotated_N1ghd = cache.rotate(torch.cat((query_N1grd, key_N1g1d), dim=3), angles)
+        query_N1grd, key_N1g1d = rotated_N1ghd.split((query_N1grd.shape[3], 1), dim=3)
+        cache.append(self.layer_number, key_N1g1d, value_N1g1d)
+        query_N1hd = query_N1grd.flatten(2, 3)
+        if flash_attention_version(query_N1hd.device, query_N1hd.dtype) is None:
+            keys, values = cache.gather(self.layer_number)
             scale = self.hidden_size_per_attention_head**-0.5
-            context = paged_attention(query, keys, values, cache.batch, scale)
+            context = paged_attention(query_N1hd, keys, values, cache.batch, scale)
         else:
-            batch = cache.batch
-            context = self.flash_decode_and_prefill(
-                query,
-                keys,
-                values,
-                batch.max_query_length,
-                batch.max_kv_length,
-                batch.cu_query_lengths,
-                batch.cu_kv_lengths,
-                batch.kv_lengths_S.int(),
-                batch.block_table_SP.int(),
-                # The kernel for decoding wants one row for each sequence, without padding.
-                batch.max_query_length == 1 and len(query) == batch.num_tokens,
-            )
+            context = self._flash_attention(query_N1hd, cache)
         output, _ = self.linear_proj(context.flatten(2))
         return output
+
+    def _query_key_value(self, hidden_N1H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [N, 1, g, h / g, d], keys and values [N, 1, g, 1, d], before the rotation."""
+        projected, _ = self.linear_qkv(hidden_N1H)
+        groups, head_size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        heads_N1ghd = projected.view(*projected.shape[:2], groups, -1, head_size)
+        query, key, value = heads_N1ghd.split((heads_N1ghd.shape[3] - 2, 1, 1), dim=3)
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value
+
+    def _flash_attention(self, query_N1hd: Tensor, cache: PagedKVCache) -> Tensor:
+        """By Megatron's own call of flash-attention, which reads the pages; [N, 1, h, d]."""
+        keys, values = cache.pools(self.layer_number)
+        batch = cache.batch
+        context_N1hd = self.flash_decode_and_prefill(
+            query_N1hd[: batch.num_tokens],
+            keys,
+            values,
+            batch.max_query_length,
+            batch.max_kv_length,
+            batch.cu_query_lengths,
+            batch.cu_kv_lengths,
+            batch.kv_lengths_S.int(),
+            batch.block_table_SP.int(),
+            batch.max_query_length == 1,
+        )
+        # Zeros, since one scale of FP8 may serve all rows.
+        num_filled = len(query_N1hd) - batch.num_tokens
+        return F.pad(context_N1hd, (0, 0, 0, 0, 0, 0, 0, num_filled))
 
 
 def flash_attention_version(device: torch.device, dtype: torch.dtype) -> int | None:
@@ -212,10 +242,66 @@ class HiddenStateGPTModel(GPTModel):
 
     Keeping the two apart lets a loss walk the vocabulary projection in pieces, so that no
     [tokens, vocabulary] tensor of a whole batch exists.
+
+    Attributes:
+        token_multiple: the number of tokens of a forward pass must be a multiple of it.
     """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.token_multiple = self.num_sequence_shards * (fp8.MULTIPLE if config.fp8 else 1)
+
+    @property
+    def num_sequence_shards(self) -> int:
+        """Ranks that the tokens between the layers are cut over, for sequence parallelism."""
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+
+    @property
+    def fp8_copy_bytes(self) -> int:
+        """Memory of the FP8 copies of the layers' weights, which the first pass makes."""
+        if self.config.fp8 is None:
+            return 0
+        return sum(param.numel() for param in self.decoder.parameters() if param.dim() > 1)
+
+    @contextmanager
+    def in_inference(self) -> Iterator[None]:
+        """Evaluation mode, with the weights as they are now; for passes with a cache.
+
+        Transformer Engine keeps FP8 copies of the weights until it is told to renew them, which
+        Megatron's schedules do. With delayed scaling the products are bf16 (see `fp8`).
+        """
+        was_training, fp8_format = self.training, self.config.fp8
+        self.eval()
+        self.set_is_first_microbatch()
+        if self.config.fp8_recipe == "delayed":
+            self.config.fp8 = None
+        try:
+            yield
+        finally:
+            self.train(was_training)
+            self.config.fp8 = fp8_format
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's description of the parameters for a checkpoint, the same for any precision.
+
+        Without Transformer Engine's extra states. They are pickled Python objects, empty but for
+        delayed scaling, whose histories begin anew in a resumed run.
+        """
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if "_extra_state" not in name}
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
+
+    def embed(self, tokens_1N: Tensor) -> Tensor | None:
+        """Embeddings [N, 1, H] by a mere lookup where that is all; None leaves them to Megatron.
+
+        Without tensor parallelism Megatron's two autograd functions around the lookup do nothing
+        but take time.
+        """
+        if not self.pre_process or self.config.tensor_model_parallel_size > 1:
+            return None
+        return F.embedding(tokens_1N.T, self.embedding.word_embeddings.weight)
 
     def gather_hidden(self, hidden: Tensor) -> Tensor:
         """[T, B, H] of the whole sequence from the last stage's output.
@@ -259,9 +345,22 @@ class HiddenStateGPTModel(GPTModel):
         )
 
 
-def token_multiple(config: TransformerConfig) -> int:
-    """What the number of tokens of a forward pass must be a multiple of."""
-    return config.tensor_model_parallel_size if config.sequence_parallel else 1
+def common_token_multiple(models: Iterable[HiddenStateGPTModel | None]) -> int:
+    """What the number of tokens of passes must be a multiple of that all these models make."""
+    return math.lcm(*(model.token_multiple for model in models if model is not None))
+
+
+def fp8_platform(device: torch.device) -> fp8.Platform:
+    """What this process has for FP8."""
+    cuda_version = None
+    if device.type == "cuda" and torch.version.cuda is not None:
+        major, minor = torch.version.cuda.split(".")[:2]
+        cuda_version = int(major), int(minor)
+    return fp8.Platform(
+        compute_capability=torch.cuda.get_device_capability(device) if cuda_version else None,
+        cuda_version=cuda_version,
+        transformer_engine=version("transformer-engine") if HAVE_TE else None,
+    )
 
 
 def _pipeline_layout(num_layers: int, pp_size: int) -> str | None:
@@ -278,6 +377,7 @@ def _transformer_config(
     dtype: torch.dtype,
     sequence_parallel: bool,
     recompute_activations: bool,
+    fp8_recipe: FP8Recipe | None,
 ) -> TransformerConfig:
     on_gpu = layout.device.type == "cuda"
     recompute = (
@@ -323,6 +423,7 @@ def _transformer_config(
         apply_rope_fusion=False,
         **_expert_settings(config, on_gpu),
         **recompute,
+        **({} if fp8_recipe is None else fp8.megatron_settings(fp8_recipe)),
     )
 
 
@@ -389,19 +490,21 @@ def build_model(
     dtype: torch.dtype,
     sequence_parallel: bool = False,
     recompute_activations: bool = False,
+    fp8_recipe: FP8Recipe | None = None,
 ) -> HiddenStateGPTModel:
     """This rank's part of a model, its weights not yet set.
 
     Args:
         vocab_size: padded vocabulary, a multiple of the tensor-parallel size.
         dtype: type of the parameters and activations, torch.float32 or torch.bfloat16.
+        fp8_recipe: of the layers' matrix products; without Transformer Engine they have `dtype`.
 
     Raises:
         ValueError: the layout does not fit the model (see `check_layout`).
     """
     check_layout(config, layout.tp_size, layout.pp_size)
     transformer_config = _transformer_config(
-        config, layout, dtype, sequence_parallel, recompute_activations
+        config, layout, dtype, sequence_parallel, recompute_activations, fp8_recipe
     )
     on_gpu = layout.device.type == "cuda"
     model = HiddenStateGPTModel(

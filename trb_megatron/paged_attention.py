@@ -9,7 +9,6 @@ k = P * page_tokens cached positions, h heads, g key/value heads, d head size.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,37 +16,34 @@ from trb_megatron.kv_cache import RaggedBatch
 
 
 def paged_attention(
-    query_N1hd: Tensor, keys: Tensor, values: Tensor, batch: RaggedBatch, softmax_scale: float
+    query_N1hd: Tensor,
+    keys_Sgkd: Tensor,
+    values_Sgkd: Tensor,
+    batch: RaggedBatch,
+    softmax_scale: float,
 ) -> Tensor:
     """Attend from packed new tokens to all that came before them, by a masked dense product.
 
     The i-th of m new tokens of a sequence of length l (new ones included) sees positions up to
-    l - m + i. Keys and values are gathered to [S, g, k, d]. Nothing is read back to the host when
-    the batch is uniform.
+    l - m + i. Nothing is read back to the host when the batch is uniform.
 
     Args:
         query_N1hd: packed queries; rows beyond the new tokens are padding.
-        keys, values: pools [pages, page_tokens, g, d] that hold the new tokens already.
+        keys_Sgkd, values_Sgkd: of each sequence, the new tokens included.
 
     Returns:
-        [N, 1, h, d]; zero for padding rows.
+        [N, 1, h * d]; zero for padding rows.
     """
-    keys_Sgkd, values_Sgkd = _gather(keys, batch), _gather(values, batch)
-    context_Sqhd = F.scaled_dot_product_attention(
-        _pad(query_N1hd, batch).transpose(1, 2),
+    query_Shqd = _pad(query_N1hd, batch).transpose(1, 2)
+    context_Shqd = F.scaled_dot_product_attention(
+        query_Shqd,
         keys_Sgkd,
         values_Sgkd,
         attn_mask=batch.visible_S1qk,
         scale=softmax_scale,
-        enable_gqa=query_N1hd.shape[2] != keys_Sgkd.shape[1],
-    ).transpose(1, 2)
-    return _pack(context_Sqhd, len(query_N1hd), batch)
-
-
-def _gather(pool: Tensor, batch: RaggedBatch) -> Tensor:
-    """Pages of each sequence in a row, [S, g, k, d]."""
-    pages = pool.index_select(0, batch.block_table_SP.flatten())
-    return pages.view(len(batch.block_table_SP), -1, *pool.shape[2:]).transpose(1, 2)
+        enable_gqa=query_Shqd.shape[1] != keys_Sgkd.shape[1],
+    )
+    return _pack(context_Shqd.transpose(1, 2).flatten(2), len(query_N1hd), batch)
 
 
 def _pad(query_N1hd: Tensor, batch: RaggedBatch) -> Tensor:
@@ -60,11 +56,10 @@ def _pad(query_N1hd: Tensor, batch: RaggedBatch) -> Tensor:
     return padded_Sqhd
 
 
-def _pack(context_Sqhd: Tensor, num_rows: int, batch: RaggedBatch) -> Tensor:
-    """[S, q, h, d] as packed rows [N, 1, h, d]."""
-    packed_Nhd = context_Sqhd.flatten(0, 1) if batch.is_uniform else context_Sqhd[batch.is_new_Sq]
+def _pack(context_SqH: Tensor, num_rows: int, batch: RaggedBatch) -> Tensor:
+    """[S, q, h * d] as packed rows [N, 1, h * d]."""
+    packed_NH = context_SqH.flatten(0, 1) if batch.is_uniform else context_SqH[batch.is_new_Sq]
     padding = num_rows - batch.num_tokens
     if padding > 0:
-        padding_rows = packed_Nhd.new_zeros(padding, *packed_Nhd.shape[1:])
-        packed_Nhd = torch.cat([packed_Nhd, padding_rows])
-    return packed_Nhd.unsqueeze(1)
+        packed_NH = F.pad(packed_NH, (0, 0, 0, padding))
+    return packed_NH[:, None]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from trb_megatron import fp8
 from trb_megatron.config import Config
 from trb_megatron.hf_config import (
     HFModelConfig,
@@ -43,8 +44,9 @@ class PairConfig:
         """Read the folders' configurations, tokenizers and stop ids.
 
         Raises:
-            ValueError: a folder that cannot be used, tokenizers that differ, a parallel layout that
-                does not fit a model, ids beyond a vocabulary, sequences beyond a model's positions.
+            ValueError: a folder that cannot be used, tokenizers that differ, a parallel layout or
+                FP8 that does not fit a model, ids beyond a vocabulary, sequences beyond a model's
+                positions.
         """
         student_path = config.student.path
         teacher_path = config.teacher.path if with_teacher and config.teacher else None
@@ -59,6 +61,8 @@ class PairConfig:
         models = [model for model in (student, teacher) if model is not None]
         for model in models:
             check_layout(model, tp_size, config.parallel.pipeline_model_parallel_size)
+            if config.training.precision == "fp8":
+                fp8.check_sizes(model, tp_size)
             if size > model.vocab_size:
                 raise ValueError(
                     f"{model.path}: the tokenizer has ids up to {size - 1}, "

@@ -47,12 +47,19 @@ class ParameterBytes(NamedTuple):
     master: int
 
 
-PARAMETER_BYTES = {"fp32": ParameterBytes(4, 0), "bf16": ParameterBytes(2, 4)}
+PARAMETER_BYTES = {
+    "fp32": ParameterBytes(4, 0),
+    "bf16": ParameterBytes(2, 4),
+    "fp8": ParameterBytes(2, 4),
+}
 """By `training.precision`. Activations and caches have the weights' type."""
 
 GRADIENT_BYTES = 4
 ADAM_BYTES = 8
 """Both moments, fp32."""
+
+FP8_COPY_BYTES = {"student": 2, "teacher": 1}
+"""Of each parameter of the layers, for products with it and, in training, with its transpose."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,14 @@ class StageShare:
 
     Attributes:
         layers: counted from 0 over the model.
-        num_parameters: of one rank.
+        num_parameters, num_layer_parameters: of one rank, and those of them in layers.
         buffer_size: elements of Megatron's buffer for them where the optimizer is distributed: each
             parameter begins at a multiple of 64, and the end can be cut over the replicas.
     """
 
     layers: range
     num_parameters: int
+    num_layer_parameters: int
     buffer_size: int
 
 
@@ -90,6 +98,7 @@ class RankMemory:
     Attributes:
         weights, gradients, optimizer: of the student.
         teacher: its weights.
+        fp8_copies: of both models' weights.
         activations: of the student's microbatches, or of the teacher's pass if that needs more.
         loss: its workspace, and the hidden states of a microbatch around it.
         hidden: the teacher's hidden states while the student trains on them.
@@ -103,6 +112,7 @@ class RankMemory:
     gradients: int
     optimizer: int
     teacher: int
+    fp8_copies: int
     activations: int
     loss: int
     hidden: int
@@ -115,7 +125,7 @@ class RankMemory:
     @property
     def held(self) -> int:
         """What is there all the time."""
-        return self.weights + self.gradients + self.optimizer + self.teacher
+        return self.weights + self.gradients + self.optimizer + self.teacher + self.fp8_copies
 
     @property
     def training(self) -> int:
@@ -286,6 +296,9 @@ def _plan_model(
             StageShare(
                 layers=layers,
                 num_parameters=sum(of_stage.values()),
+                num_layer_parameters=sum(
+                    size for name, size in of_stage.items() if name.startswith("decoder.layers.")
+                ),
                 buffer_size=sum(_buckets(of_stage, model.tied_embeddings, pp_size, dp_size)),
             )
             for layers, of_stage in zip(stages, sizes, strict=True)
@@ -363,6 +376,7 @@ class _Sizes:
             gradients=size * GRADIENT_BYTES,
             optimizer=num_states * state,
             teacher=teacher.stages[stage].num_parameters * self.bytes.weight if teacher else 0,
+            fp8_copies=self._fp8_copies(stage),
             activations=self._activations(stage),
             loss=self._loss(stage),
             hidden=hidden if on_device else 0,
@@ -371,6 +385,14 @@ class _Sizes:
             cache_all=everything,
             rollouts=self._rollouts(stage) + (2 * hidden if on_device and is_kept else 0),
             host=0 if on_device else 2 * hidden,
+        )
+
+    def _fp8_copies(self, stage: int) -> int:
+        if self.config.training.precision != "fp8":
+            return 0
+        return sum(
+            FP8_COPY_BYTES[name] * model.stages[stage].num_layer_parameters
+            for name, model in self.models.items()
         )
 
     def _is_last(self, stage: int) -> bool:

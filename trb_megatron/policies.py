@@ -23,7 +23,7 @@ from trb_megatron.batch import TokenRecord
 from trb_megatron.blending import solve_behavior
 from trb_megatron.coupling import draw_tokens
 from trb_megatron.stop_alignment import StopAlignment, align_stop_ids
-from trb_megatron.uniforms import Purpose, keyed_uniforms
+from trb_megatron.uniforms import Purpose
 from trb_megatron.vocab_parallel import (
     Softmax,
     all_gather,
@@ -59,19 +59,11 @@ class Sampling:
     num_valid: int
 
 
-class Uniforms:
-    """The random numbers at N positions of rollouts with the keys `key_N` (`uniforms`)."""
-
-    def __init__(self, key_N: Tensor, position_N: Tensor) -> None:
-        self._key_N, self._position_N = key_N, position_N
-
-    def __getitem__(self, purpose: Purpose) -> Tensor:
-        """Uniforms in [0, 1) of shape [N], float64, for one purpose."""
-        return keyed_uniforms(self._key_N, self._position_N, purpose)
-
-
 class Policy(Protocol):
-    """A distribution over the next token; its decisions are identical on all TP ranks."""
+    """A distribution over the next token; its decisions are identical on all TP ranks.
+
+    `uniforms_3N` are the random numbers of each prefix by `Purpose` (`uniforms.drawing_uniforms`).
+    """
 
     @property
     def needs_teacher(self) -> bool: ...
@@ -84,7 +76,7 @@ class Policy(Protocol):
         """
         ...
 
-    def propose(self, student_logits_NU: Tensor, uniforms: Uniforms) -> Tensor:
+    def propose(self, student_logits_NU: Tensor, uniforms_3N: Tensor) -> Tensor:
         """The student's proposal [N], with which `draw` starts; collective over the TP group.
 
         The host does not wait for the device, and logits are not checked: `draw` does that.
@@ -92,7 +84,7 @@ class Policy(Protocol):
         ...
 
     def draw(
-        self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms: Uniforms
+        self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms_3N: Tensor
     ) -> tuple[Tensor, TokenRecord]:
         """Token ids [N] and what is recorded of them; collective over the TP group.
 
@@ -126,16 +118,16 @@ class StudentPolicy:
     needs_teacher = False
     least_acceptance = 1.0
 
-    def propose(self, student_logits_NU: Tensor, uniforms: Uniforms) -> Tensor:
+    def propose(self, student_logits_NU: Tensor, uniforms_3N: Tensor) -> Tensor:
         """Inverse-CDF sampling by the draft uniform, or argmax at temperature 0."""
-        return self._sample(self._logits(student_logits_NU), uniforms)[0]
+        return self._sample(self._logits(student_logits_NU), uniforms_3N)[0]
 
     def draw(
-        self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms: Uniforms
+        self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms_3N: Tensor
     ) -> tuple[Tensor, TokenRecord]:
         """The proposal itself."""
         logits_NU = self._logits(student_logits_NU)
-        token_ids_N, log_normalizer_N = self._sample(logits_NU, uniforms)
+        token_ids_N, log_normalizer_N = self._sample(logits_NU, uniforms_3N)
         raise_at_row({"student logits hold a NaN, a +inf or no id": ~log_normalizer_N.isfinite()})
         logits_N = gather_at(logits_NU, token_ids_N, tp_group=self.tp_group)
         logprobs_N = (logits_N - log_normalizer_N).float()
@@ -158,10 +150,10 @@ class StudentPolicy:
             logits_NU, temperature, self.sampling, self.alignment, own_ids, self.tp_group
         )
 
-    def _sample(self, logits_NU: Tensor, uniforms: Uniforms) -> tuple[Tensor, Tensor]:
+    def _sample(self, logits_NU: Tensor, uniforms_3N: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and log-normalizers; the host does not wait for the device."""
         ids_N, log_normalizer_N = sample_softmax(
-            logits_NU, uniforms[Purpose.DRAFT], tp_group=self.tp_group
+            logits_NU, uniforms_3N[Purpose.DRAFT], tp_group=self.tp_group
         )
         if self.sampling.temperature == 0:
             ids_N = argmax(logits_NU, tp_group=self.tp_group)
@@ -198,13 +190,13 @@ class GuidedPolicy(ABC):
         """The distributions at N prefixes, from both models' logits; collective over the TP
         group: logits sharded, the fields of size N replicated; not differentiable."""
 
-    def propose(self, student_logits_NU: Tensor, uniforms: Uniforms) -> Tensor:
+    def propose(self, student_logits_NU: Tensor, uniforms_3N: Tensor) -> Tensor:
         """A token of the student, by the draft uniform."""
         student = StudentPolicy(self.sampling, self.tp_group, self.alignment)
-        return student.propose(student_logits_NU, uniforms)
+        return student.propose(student_logits_NU, uniforms_3N)
 
     def draw(
-        self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms: Uniforms
+        self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms_3N: Tensor
     ) -> tuple[Tensor, TokenRecord]:
         """Draw from mu with the position's three uniforms, starting with the proposal."""
         assert teacher_logits_NU is not None
@@ -213,9 +205,9 @@ class GuidedPolicy(ABC):
         drawn = draw_tokens(
             student_NU,
             behavior_NU,
-            uniforms[Purpose.DRAFT],
-            uniforms[Purpose.ACCEPT],
-            uniforms[Purpose.RESIDUAL],
+            uniforms_3N[Purpose.DRAFT],
+            uniforms_3N[Purpose.ACCEPT],
+            uniforms_3N[Purpose.RESIDUAL],
             tp_group=self.tp_group,
         )
         student_N, teacher_N, behavior_N = gather_each_at(

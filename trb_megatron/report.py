@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from trb_megatron.config import AUTO_CACHE_SHARE, Config
+from trb_megatron.fp8 import frozen_recipe
 from trb_megatron.pair_config import PairConfig
 from trb_megatron.plan import GB, Plan
 
@@ -33,6 +34,25 @@ def describe_environment(device: torch.device, flash_attention: int | None) -> l
     return [
         ", ".join(f"{name} {found}" for name, found in versions.items()),
         f"device: {name}; rollout attention: {kernel} over pages",
+    ]
+
+
+def describe_precision(config: Config) -> list[str]:
+    """Lines on the number format that each part of a run computes in."""
+    training = config.training
+    dtype = "fp32" if training.precision == "fp32" else "bf16"
+    student = teacher = rollouts = dtype
+    if training.precision == "fp8":
+        recipe, frozen = training.fp8_recipe, frozen_recipe(training.fp8_recipe)
+        student, teacher = f"fp8 ({recipe})", f"fp8 ({frozen})"
+        rollouts = dtype if recipe == "delayed" else student
+    products = [f"student {student}", f"the student's rollouts and evaluation {rollouts}"]
+    if training.task == "distill":
+        products.insert(1, f"teacher {teacher}")
+    return [
+        f"matrix products of the layers: {', '.join(products)}",
+        f"{dtype}: weights, attention, norms, embeddings, vocabulary projection, key/value cache",
+        "fp32: master weights, gradient sums, optimizer state, solver, losses, sampling",
     ]
 
 
@@ -152,11 +172,14 @@ def _describe_memory(plan: Plan, config: Config, memory: int | None) -> list[str
         "gradients": [need.gradients for need in plan.memory],
         "optimizer": [need.optimizer for need in plan.memory],
         "teacher's weights": [need.teacher for need in plan.memory],
+        "FP8 copies of weights*": [need.fp8_copies for need in plan.memory],
         "activations*": [need.activations for need in plan.memory],
         "loss*": [need.loss for need in plan.memory],
         "teacher's hidden states*": [need.hidden for need in plan.memory],
         "= most in training": [need.training for need in plan.memory],
     }
+    if config.training.precision != "fp8":
+        del parts["FP8 copies of weights*"]
     if plan.step.max_length is not None:
         caches = [need.cache(config.rollout.cache_gb, memory) for need in plan.memory]
         parts["key/value cache"] = caches

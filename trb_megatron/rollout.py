@@ -50,12 +50,19 @@ from trb_megatron.drafting import (
 )
 from trb_megatron.forward import CachedModel, copy_to_host
 from trb_megatron.kv_cache import PagedKVCache, PageTable, RaggedBatch
-from trb_megatron.models import HiddenStateGPTModel, flash_attention_version, token_multiple
+from trb_megatron.models import (
+    HiddenStateGPTModel,
+    common_token_multiple,
+    flash_attention_version,
+)
 from trb_megatron.pipeline import Announcement, take_turns
-from trb_megatron.policies import Policy, Sampling, Uniforms
+from trb_megatron.policies import Policy, Sampling
 from trb_megatron.scheduler import Admission, Request, Scheduler, SequenceState, SlotGroup
-from trb_megatron.uniforms import rollout_key
+from trb_megatron.uniforms import drawing_uniforms, rollout_key
 from trb_megatron.vocab_parallel import RowError
+
+_FREE_MEMORY_SHARE = 0.8
+"""Of a GPU's free memory, the share that caches take where the configuration does not say."""
 
 
 class RolloutEngine:
@@ -121,7 +128,7 @@ class RolloutEngine:
         if not requests:
             return []
         run = _Run(self, requests, policy, sampling)
-        with self._student_in_inference():
+        with self._inference():
             take_turns([run.serve(group) for group in run.scheduler.groups])
         self.num_preemptions += run.scheduler.num_preemptions
         return run.collect()
@@ -137,13 +144,19 @@ class RolloutEngine:
         self._num_pages(num_tokens, 1, with_teacher, what)
 
     @contextmanager
-    def _student_in_inference(self) -> Iterator[None]:
-        was_training = self.student.training
-        self.student.eval()
-        try:
+    def _inference(self) -> Iterator[None]:
+        """The student in evaluation mode, and operations that autograd does not follow.
+
+        Inference mode takes a seventh off the time of a small model under `torch.no_grad`. What
+        leaves it for the loss must be copied outside of it (`_Run.collect`). Training writes to
+        Megatron's buffers of sequence parallelism and to Transformer Engine's state, which tensors
+        made in inference mode refuse: there is none where a rollout might be the first to need
+        them.
+        """
+        keeps_state = self.student.config.sequence_parallel or self.layout.device.type == "cuda"
+        inference_mode = torch.inference_mode(not keeps_state)
+        with self.student.in_inference(), inference_mode, torch.no_grad():
             yield
-        finally:
-            self.student.train(was_training)
 
     def measure_draft_costs(self, policy: Policy, sampling: Sampling) -> DraftCosts:
         """Time rounds of few and many sequences, with and without drafts, on made-up prompts.
@@ -152,7 +165,7 @@ class RolloutEngine:
         """
         endless = replace(sampling, stop_ids=(), max_response_tokens=4 * MAX_POSITIONS)
         seconds = {}
-        with self._student_in_inference():
+        with self._inference():
             for num_sequences in sorted({1, self.config.max_sequences}):
                 requests = [Request(i, 0, (0, 0)) for i in range(num_sequences)]
                 for num_positions in (1, 9):
@@ -183,16 +196,20 @@ class RolloutEngine:
     def _num_pages(self, num_tokens: int, num_slots: int, with_teacher: bool, what: str) -> int:
         """Pages of the pool, the same on all ranks of the replica: what is needed, or what fits."""
         per_sequence = -(-(num_tokens + MAX_POSITIONS) // self.page_tokens)
+        models = [self.student]
+        if with_teacher and self.teacher is not None:
+            models.append(self.teacher)
         page_bytes = self.page_tokens * sum(
             PagedKVCache.bytes_per_token(model.config, len(model.decoder.layers))
-            for model in (self.student, self.teacher if with_teacher else None)
-            if model is not None
+            for model in models
         )
         fitting = num_slots * per_sequence
         if self.config.cache_gb is not None:
             fitting = min(fitting, int(self.config.cache_gb * 1e9 / page_bytes) - 1)
         elif self.layout.device.type == "cuda":
-            free = _free_gpu_memory(self.layout.device)
+            # The first passes make the copies, when the cache is there already.
+            copies = sum(model.fp8_copy_bytes for model in models)
+            free = _free_gpu_memory(self.layout.device) - copies
             free_bytes = min(AUTO_CACHE_SHARE * free, free - self.other_bytes)
             fitting = min(fitting, int(free_bytes / page_bytes) - 1)
         worst = torch.tensor([fitting, -page_bytes], device=self.layout.device)
@@ -266,7 +283,15 @@ class _Run:
             self.graphs = DecodeGraphs(
                 self.student, max_pages, engine.page_tokens, self._token_multiple
             )
-        self.records: list[tuple[list[int], dict[str, Tensor]]] = []
+        self.records: list[TokenRecord] = []
+        """Of each round, at all its positions."""
+        self.num_recorded = 0
+        """Positions in `records`."""
+        self.kept_rows: list[int] = []
+        """Which of them were committed, and, by number, to which sequence."""
+        self.kept_numbers: list[int] = []
+        self.teacher_hidden: list[Tensor] = []
+        """Of each round, at the committed positions, where they are kept."""
         self.num_accepted = self.num_scanned = 0
         self.num_positions = MAX_POSITIONS
         """Of the latest round."""
@@ -336,7 +361,7 @@ class _Run:
 
     @property
     def _token_multiple(self) -> int:
-        return token_multiple(self.engine.student.config)
+        return common_token_multiple(cached.model for cached in self._models())
 
     # ------------------------------------------------------------------ rounds
 
@@ -406,7 +431,7 @@ class _Run:
         return self.teacher.project(hidden_NH), hidden_NH
 
     def _draw(
-        self, student_NU: Tensor, teacher_NU: Tensor | None, uniforms: Uniforms
+        self, student_NU: Tensor, teacher_NU: Tensor | None, uniforms_3N: Tensor
     ) -> tuple[Tensor, TokenRecord, dict[int, str]]:
         """The policy's draw, and the problem of each row whose logits cannot be used.
 
@@ -416,7 +441,7 @@ class _Run:
         problems: dict[int, str] = {}
         while True:
             try:
-                token_ids_N, record = self.policy.draw(student_NU, teacher_NU, uniforms)
+                token_ids_N, record = self.policy.draw(student_NU, teacher_NU, uniforms_3N)
             except RowError as error:
                 if problems.keys() & error.rows:
                     raise  # equal logits don't help
@@ -473,18 +498,16 @@ class _Run:
     ) -> None:
         """Remember the records (and hidden states) of the committed positions."""
         num_positions = len(record.accepted) // len(sequences)
-        kept_N = torch.tensor(
-            [row * num_positions + i for row, count in enumerate(counts) for i in range(count)],
-            device=self.device,
-        )
-        numbers = [s.number for s, n in zip(sequences, counts, strict=True) for _ in range(n)]
-        kept = {c.name: getattr(record, c.name)[kept_N] for c in fields(TokenRecord)}
+        rows = [row * num_positions + i for row, count in enumerate(counts) for i in range(count)]
+        self.kept_rows += [self.num_recorded + row for row in rows]
+        self.kept_numbers += [sequences[row // num_positions].number for row in rows]
+        self.records.append(record)
+        self.num_recorded += len(record.accepted)
         if teacher_NH is not None and self.engine.config.keep_teacher_hidden:
-            hidden_NH = teacher_NH[kept_N]
-            kept["teacher_hidden"] = (
+            hidden_NH = teacher_NH[torch.tensor(rows, device=self.device)]
+            self.teacher_hidden.append(
                 copy_to_host(hidden_NH) if self.engine.hidden_to_host else hidden_NH
             )
-        self.records.append((numbers, kept))
 
     def collect(self) -> list[Rollout]:
         """The finished rollouts, with their records sorted out of the rounds."""
@@ -507,19 +530,25 @@ class _Run:
         ]
 
     def _columns_by_sequence(self) -> list[dict[str, Tensor]]:
-        columns: list[dict[str, Tensor]] = [{} for _ in self.scheduler.sequences]
+        """Copies of the fields of `TokenRecord`, and the hidden states where they are kept."""
+        by_sequence: list[dict[str, Tensor]] = [{} for _ in self.scheduler.sequences]
         if not self.records:
-            return columns
-        number_N = torch.tensor([number for numbers, _ in self.records for number in numbers])
-        order_N = torch.argsort(number_N, stable=True)
+            return by_sequence
+        order_N = torch.argsort(torch.tensor(self.kept_numbers), stable=True)
+        row_N = torch.tensor(self.kept_rows)[order_N].to(self.device)
+        columns = {
+            c.name: torch.cat([getattr(record, c.name) for record in self.records])[row_N]
+            for c in fields(TokenRecord)
+        }
+        if self.teacher_hidden:
+            hidden_NH = torch.cat(self.teacher_hidden)
+            self.teacher_hidden.clear()  # they are large: let them go before the copy in order
+            columns["teacher_hidden"] = hidden_NH[order_N.to(hidden_NH.device)]
         lengths = [len(sequence.response_ids) for sequence in self.scheduler.sequences]
-        for name in list(self.records[0][1]):
-            # Hidden states are large: what was concatenated is let go before it is sorted.
-            values_N = torch.cat([kept.pop(name) for _, kept in self.records])
-            values_N = values_N[order_N.to(values_N.device)]
-            for of_sequence, values in zip(columns, values_N.split(lengths), strict=True):
+        for name, values_N in columns.items():
+            for of_sequence, values in zip(by_sequence, values_N.split(lengths), strict=True):
                 of_sequence[name] = values
-        return columns
+        return by_sequence
 
 
 class _RoundView:
@@ -528,8 +557,11 @@ class _RoundView:
     def __init__(self, sequences: Sequence[SequenceState], num_positions: int, run: _Run) -> None:
         self.shape = (len(sequences), num_positions)
         rows = [(s.num_cached, s.last_id, s.key, len(s.response_ids)) for s in sequences]
-        columns_4S = torch.tensor(rows).T.contiguous().to(run.device, non_blocking=True)
-        self.past_S, self.last_S, self._key_S, self._position_S = columns_4S.unbind()
+        columns_4S = torch.tensor(rows).T.contiguous()
+        self.past_S, self.last_S = columns_4S[:2].to(run.device, non_blocking=True).unbind()
+        key_S1, first_S1 = columns_4S[2:, :, None].unbind()
+        uniforms_3SG = drawing_uniforms(key_S1, first_S1 + torch.arange(num_positions))
+        self._uniforms_3SG = uniforms_3SG.to(run.device, non_blocking=True)
         self._token_multiple = run._token_multiple
         self._page_tokens = run.table.page_tokens
         longest = max(row[0] for row in rows) + num_positions
@@ -545,12 +577,9 @@ class _RoundView:
             self._token_multiple,
         )
 
-    def uniforms(self, first: int, count: int) -> Uniforms:
-        """Of `count` positions of each sequence from the `first` of this round."""
-        offset_G = torch.arange(first, first + count, device=self._position_S.device)
-        position_SG = self._position_S[:, None] + offset_G
-        key_SG = self._key_S[:, None].expand_as(position_SG)
-        return Uniforms(key_SG.flatten(), position_SG.flatten())
+    def uniforms(self, first: int, count: int) -> Tensor:
+        """Of `count` positions of each sequence from the `first` of this round, [3, S * count]."""
+        return self._uniforms_3SG[..., first : first + count].flatten(1)
 
 
 def _chunks(

@@ -57,3 +57,12 @@ class StopRequests:
         reasons: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(reasons, reason)
         return next((found for found in reasons if found is not None), None)
+
+    def confirm(self, message: str) -> None:
+        """Write a line into the stop file, if one is named; on rank 0 only.
+
+        It tells the batch script that the run was saved and has steps left. A run that had just
+        done its last step leaves the file empty, and need not be started again.
+        """
+        if dist.get_rank() == 0 and self._file:
+            self._file.write_text(message + "\n")

@@ -24,6 +24,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,13 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
+from trb_megatron.atomic_folder import write_file
 from trb_megatron.batch import Microbatch, Rollout, build_microbatches, plan_moves
 from trb_megatron.blending import kl_budget_at
 from trb_megatron.checkpoint import (
     TrainingState,
-    find_checkpoints,
+    find_good_checkpoint,
     load_checkpoint,
-    read_training_state,
     save_checkpoint,
 )
 from trb_megatron.config import (
@@ -60,7 +62,7 @@ from trb_megatron.hf_weights import save_hf_checkpoint
 from trb_megatron.loss import LossOptions
 from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
-from trb_megatron.models import flash_attention_version, token_multiple
+from trb_megatron.models import common_token_multiple, flash_attention_version
 from trb_megatron.nonfinite import NonFiniteGuard, find_in_gradients, find_in_rollouts
 from trb_megatron.optimizer import (
     build_optimizer,
@@ -79,9 +81,10 @@ from trb_megatron.policies import (
     TeacherPolicy,
 )
 from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
-from trb_megatron.report import describe_environment, describe_plan
+from trb_megatron.report import describe_environment, describe_plan, describe_precision
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
+from trb_megatron.run_folder import lock_run_folder, written_together
 from trb_megatron.scheduler import Request
 from trb_megatron.stopping import StopRequests
 from trb_megatron.vocab_parallel import RowError
@@ -108,6 +111,8 @@ class Trainer:
         dtype = DTYPES[config.training.precision]
         kernel = flash_attention_version(layout.device, dtype)
         for line in describe_environment(layout.device, kernel):
+            say(line)
+        for line in describe_precision(config):
             say(line)
         for warning in config_warnings(config):
             say(f"warning: {warning}")
@@ -154,13 +159,14 @@ class Trainer:
         self.step = 0
         self.prompt_position = 0
         self.evaluation_is_due = config.evaluation.at_start
-        self._resume()
-        if self.is_distilling:
+        if self.is_distilling:  # before anything is written; the first step needs most
             self.engine.check_cache(
                 config.data.max_prompt_tokens + config.rollout.max_response_tokens,
                 with_teacher=self._policy().needs_teacher,
                 what="data.max_prompt_tokens + rollout.max_response_tokens",
             )
+        self._lock = lock_run_folder(self.run_dir, say=say)
+        self._resume()
         _write_run_folder(config)
         if config.rollout.draft_tokens == "auto" and self._policy().needs_teacher:
             self.engine.draft_costs = self._draft_costs()
@@ -189,15 +195,15 @@ class Trainer:
                 if self.step % config.checkpoint.every == 0 or is_last or stop_reason:
                     self._save()
                 if stop_reason:
-                    log.write(
+                    message = (
                         f"stopped by {stop_reason} after step {self.step} of "
                         f"{config.training.steps}; start the same command again to go on"
                     )
+                    log.write(message)
+                    stop_requests.confirm(message)
                     return
         if config.checkpoint.export_hf:
-            target = self.run_dir / "hf"
-            save_hf_checkpoint(self.models.student, self.pair.student, self.layout, target)
-            say(f"exported the student to {target}")
+            self._export()
 
     def train_step(self) -> dict[str, float]:
         """Do one step and return its metrics; stages as in the module docstring."""
@@ -231,7 +237,7 @@ class Trainer:
             self._balance(rollouts),
             self.config.training.max_tokens_per_microbatch,
             self.layout.device,
-            token_multiple(self.models.student.config),
+            common_token_multiple((self.models.student, self.models.teacher)),
         )
 
     def _train_on(
@@ -492,8 +498,9 @@ class Trainer:
         if file.is_file():
             return DraftCosts(**json.loads(file.read_text()))
         costs = self.engine.measure_draft_costs(self._policy(), self._sampling())
-        if is_rank_zero():
-            file.write_text(json.dumps(dataclasses.asdict(costs)) + "\n")
+        with written_together(file, self.run_dir):
+            if is_rank_zero():
+                write_file(file, json.dumps(dataclasses.asdict(costs)) + "\n")
         return costs
 
     def _state(self) -> TrainingState:
@@ -517,46 +524,59 @@ class Trainer:
         )
         self.timer.finish_step()
 
+    def _export(self) -> None:
+        target = self.run_dir / "hf"
+        with written_together(target, self.run_dir):
+            save_hf_checkpoint(self.models.student, self.pair.student, self.layout, target)
+        say(f"exported the student to {target}")
+
     def _resume(self) -> None:
-        checkpoints = find_checkpoints(self.run_dir)
-        if not checkpoints:
+        found = find_good_checkpoint(self.run_dir, say)
+        if found is None:
             return
-        state = read_training_state(checkpoints[-1])
-        _check_same_run(checkpoints[-1], parse_config(state.config), self.config)
+        checkpoint, state = found
+        _check_same_run(checkpoint, parse_config(state.config), self.config)
         if state.data_fingerprint != self.prompt_set.fingerprint:
             raise ConfigError(
-                f"{self.config.data.path}: these are not the prompts that {checkpoints[-1]} was "
-                "trained on; restore them or choose another run.dir"
+                f"{self.config.data.path}: these are not the prompts that {checkpoint} was trained "
+                "on; restore them or choose another run.dir"
             )
-        load_checkpoint(checkpoints[-1], self.student, self.optimizer)
+        load_checkpoint(checkpoint, self.student, self.optimizer)
         self.step, self.prompt_position = state.step, state.prompt_position
         self.guard.num_skipped = state.num_skipped
         self.evaluation_is_due = state.evaluation_is_due
-        say(f"resumed from {checkpoints[-1]}")
+        say(f"resumed from {checkpoint}")
 
 
 class RunLog:
-    """What rank 0 shows and writes of a run; on other ranks it does nothing."""
+    """What rank 0 shows and writes of a run; what it cannot write ends the run on all ranks."""
 
     def __init__(self, config: Config, step: int) -> None:
         self._config = config
         self._step = step
+        self._writing = partial(written_together, config.run.dir / "metrics.jsonl", config.run.dir)
 
     def __enter__(self) -> RunLog:
-        if is_rank_zero():
-            logging = self._config.logging
-            self._metrics = MetricsLogger(
-                self._config.run.dir, logging.tensorboard, logging.wandb_project, self._config
-            )
-            # A start that never reached a checkpoint is started over, initial evaluation included.
-            self._metrics.truncate_after(self._step if self._step > 0 else -1)
-            self._progress = Progress(self._config.training.steps, self._step).__enter__()
+        with self._writing():
+            if is_rank_zero():
+                self._open()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def _open(self) -> None:
+        logging = self._config.logging
+        self._metrics = MetricsLogger(
+            self._config.run.dir, logging.tensorboard, logging.wandb_project, self._config
+        )
+        # A start that never reached a checkpoint is started over, initial evaluation included.
+        self._metrics.truncate_after(self._step if self._step > 0 else -1)
+        self._progress = Progress(self._config.training.steps, self._step).__enter__()
+
+    def __exit__(self, error_type: type[BaseException] | None, *error: Any) -> None:
         if is_rank_zero():
-            self._progress.__exit__(*error)
-            self._metrics.close()
+            self._progress.__exit__(error_type, *error)
+            # What made a record fail would do so again, and hide itself.
+            with suppress(OSError) if error_type is not None else nullcontext():
+                self._metrics.close()
 
     def write(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -565,20 +585,22 @@ class RunLog:
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a finished step and show its progress."""
-        if not is_rank_zero():
-            return
-        self._metrics.log(step, metrics)
-        self._progress.update(
-            step,
-            loss=metrics["loss"],
-            reward=metrics.get("rollout/reward"),
-            tokens_per_s=metrics["perf/tokens_per_s"],
-        )
+        with self._writing():
+            if is_rank_zero():
+                self._metrics.log(step, metrics)
+        if is_rank_zero():
+            self._progress.update(
+                step,
+                loss=metrics["loss"],
+                reward=metrics.get("rollout/reward"),
+                tokens_per_s=metrics["perf/tokens_per_s"],
+            )
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Write further metrics of a step that is recorded already, or of step 0."""
-        if is_rank_zero() and metrics:
-            self._metrics.add(step, metrics)
+        with self._writing():
+            if is_rank_zero() and metrics:
+                self._metrics.add(step, metrics)
 
 
 def say(line: str) -> None:
@@ -632,11 +654,16 @@ def _check_run_folder(config: Config) -> None:
 
 
 def _write_run_folder(config: Config) -> None:
-    """Record the resolved configuration and the commit; rank 0 writes."""
-    if is_rank_zero():
-        config.run.dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.run.dir / "config.yaml")
-        (config.run.dir / "commit.json").write_text(json.dumps({"commit": git_commit()}) + "\n")
+    """Record the resolved configuration and the commit, make a place for checkpoints.
+
+    Rank 0 writes; collective over all ranks.
+    """
+    file = config.run.dir / "config.yaml"
+    with written_together(file, config.run.dir):
+        if is_rank_zero():
+            save_config(config, file)
+            write_file(config.run.dir / "commit.json", json.dumps({"commit": git_commit()}) + "\n")
+            (config.run.dir / "checkpoints").mkdir(exist_ok=True)
 
 
 def _check_same_run(where: Path, saved: Config, now: Config) -> None:

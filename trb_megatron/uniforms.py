@@ -1,8 +1,14 @@
-"""Counter-based uniforms: random numbers keyed by what they decide, with no generator state."""
+"""Counter-based uniforms: random numbers keyed by what they decide, with no generator state.
+
+They are computed on the host, by numpy: a few numbers through dozens of integer operations take a
+tensor library several times as long, and a GPU a launch for each.
+"""
 
 from enum import IntEnum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -15,10 +21,13 @@ class Purpose(IntEnum):
     SHUFFLE = 3
 
 
-# Constants of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), as signed 64-bit integers.
-_INCREMENT = 0x9E3779B97F4A7C15 - 2**64
-_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
+_DRAWING = np.array([Purpose.DRAFT, Purpose.ACCEPT, Purpose.RESIDUAL])
+
+# Constants of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+_30, _27, _31, _11 = np.array([30, 27, 31, 11], dtype=np.uint64)
 
 
 def counter_uniforms(
@@ -31,12 +40,12 @@ def counter_uniforms(
 ) -> Tensor:
     """Return uniforms in [0, 1), float64 with 53 random bits, that depend on the arguments alone.
 
-    Arguments are integers or int64 tensors that broadcast together; the result has their common
-    shape and device. Equal arguments give equal bits on every device, in any batch.
-    Each argument is folded into the state by the finalizer of SplitMix64.
+    Arguments are integers or int64 tensors on the CPU that broadcast together to the shape of the
+    result. Equal arguments give equal bits in any batch. Each argument is folded into the state by
+    the finalizer of SplitMix64.
     """
-    key = rollout_key(seed, step, prompt_index, rollout_index)
-    return keyed_uniforms(key, position, purpose)
+    counters = (seed, step, prompt_index, rollout_index, position, purpose)
+    return _as_uniforms(_fold(np.uint64(0), *counters))
 
 
 def rollout_key(
@@ -49,30 +58,34 @@ def rollout_key(
 
     Arguments broadcast together.
     """
-    counters = (seed, step, prompt_index, rollout_index)
-    device = next((c.device for c in counters if isinstance(c, Tensor)), None)
-    return _fold(torch.zeros((), dtype=torch.int64, device=device), *counters)
+    state = _fold(np.uint64(0), seed, step, prompt_index, rollout_index)
+    return torch.from_numpy(np.asarray(state).view(np.int64))
 
 
-def keyed_uniforms(key: Tensor, position: int | Tensor, purpose: int | Tensor) -> Tensor:
-    """The uniforms of `counter_uniforms` at positions of rollouts with these keys."""
-    device = position.device if isinstance(position, Tensor) else key.device
-    return _shift_right(_fold(key.to(device), position, purpose), 11).double() * 2.0**-53
+def drawing_uniforms(key: Tensor, position: Tensor) -> Tensor:
+    """The uniforms of `counter_uniforms` that draw a token, [3, ...] by `Purpose`.
+
+    At positions of rollouts with these keys, which broadcast together to [...].
+    """
+    state = _fold(_unsigned(key), position)
+    return _as_uniforms(_fold(state, _DRAWING.reshape(-1, *[1] * state.ndim)))
 
 
-def _fold(state: Tensor, *counters: int | Tensor) -> Tensor:
+def _as_uniforms(state: NDArray[np.uint64]) -> Tensor:
+    return torch.from_numpy(np.asarray((state >> _11) * 2.0**-53))
+
+
+@np.errstate(over="ignore")  # sums and products wrap around, as the algorithm wants
+def _fold(
+    state: NDArray[np.uint64] | np.uint64, *counters: int | Tensor | NDArray[np.int64]
+) -> NDArray[np.uint64]:
     for counter in counters:
-        state = _finalize((state ^ counter) + _INCREMENT)
-    return state
+        state = (state ^ _unsigned(counter)) + _INCREMENT
+        state = (state ^ (state >> _30)) * _MULTIPLIER_1
+        state = (state ^ (state >> _27)) * _MULTIPLIER_2
+        state = state ^ (state >> _31)
+    return np.asarray(state)
 
 
-def _finalize(state: Tensor) -> Tensor:
-    # int64 products wrap around, as the algorithm wants.
-    state = (state ^ _shift_right(state, 30)) * _MULTIPLIER_1
-    state = (state ^ _shift_right(state, 27)) * _MULTIPLIER_2
-    return state ^ _shift_right(state, 31)
-
-
-def _shift_right(state: Tensor, bits: int) -> Tensor:
-    """Shift in zeros; `>>` alone copies the sign bit of an int64."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
+def _unsigned(counter: int | Tensor | NDArray[np.int64]) -> NDArray[np.uint64]:
+    return np.asarray(counter, dtype=np.int64).view(np.uint64)

@@ -50,11 +50,14 @@ def row_blocks(logits_NU: Tensor) -> list[slice]:
 
 
 def all_gather(partial: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """All-gather a tensor of the same shape on each rank of `tp_group`; [R, ...], replicated."""
-    if tp_group is None:
+    """All-gather a tensor of the same shape on each rank of `tp_group`; [R, ...], replicated.
+
+    A lone rank gets a view of its own tensor: gloo's call takes longer than a small model's layer.
+    """
+    if tp_group is None or tp_group.size() == 1:
         return partial[None]
     partial = partial.contiguous()
-    parts = [torch.empty_like(partial) for _ in range(dist.get_world_size(tp_group))]
+    parts = [torch.empty_like(partial) for _ in range(tp_group.size())]
     dist.all_gather(parts, partial, group=tp_group)
     return torch.stack(parts)
 
@@ -387,11 +390,13 @@ def _locate(mass_NC: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
     A place without mass is never found: a target at the total or above belongs to the last with
     any. Masses are float64.
     """
+    if mass_NC.shape[-1] == 1:
+        return torch.zeros_like(target_N, dtype=torch.long), target_N
     cumulative_NC = mass_NC.cumsum(dim=-1)
     # A parallel cumulative sum can rise by rounding at a mass of zero.
-    has_mass_NC = mass_NC > 0
-    is_beyond_NC = (cumulative_NC > target_N[:, None]) & has_mass_NC
-    last_N = mass_NC.shape[-1] - 1 - has_mass_NC.flip(-1).byte().argmax(dim=-1)
-    place_N = torch.where(is_beyond_NC.any(dim=-1), is_beyond_NC.byte().argmax(dim=-1), last_N)
-    before_NC = cumulative_NC - mass_NC
-    return place_N, target_N - before_NC.gather(-1, place_N[:, None])[:, 0]
+    end_NC = cumulative_NC * (mass_NC > 0)
+    last_end_N1 = end_NC.amax(dim=-1, keepdim=True) * (1 - 2**-52)
+    is_beyond_NC = end_NC > torch.minimum(target_N[:, None], last_end_N1)
+    place_N1 = is_beyond_NC.byte().argmax(dim=-1, keepdim=True)
+    before_N1 = (cumulative_NC - mass_NC).gather(-1, place_N1)
+    return place_N1[:, 0], target_N - before_N1[:, 0]

@@ -1,0 +1,95 @@
+"""The plain part of YAML that configurations are written in: read strictly, written back equal.
+
+Words have the types of YAML 1.2: a date, `12:30`, `1_000` and `yes` are text, `010` is ten and
+`1e-5` is a number. Keys are text, and none comes twice in a mapping. Tags such as `!!python/name`
+are refused, all of them, and so is nesting without end.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+
+_MAX_LEVELS = 16
+
+# An integer too long for 64 bits is read as a float, which no count accepts.
+_WORDS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?0*[0-9]{1,19}",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_RESOLVERS = {
+    None: [
+        (f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{pattern})\Z"))
+        for name, pattern in _WORDS.items()
+    ]
+}
+
+
+class BrokenYAML(ValueError):
+    """Text that is not plain YAML; the message starts with the line, counted from 1."""
+
+
+def parse_yaml(text: str) -> Any:
+    """Read one document. Raises BrokenYAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark is not None else 1
+        raise BrokenYAML(f"{line}: broken YAML: {error.problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise BrokenYAML(f"{line}: broken YAML: {error.reason}") from None
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Write plain values, in their order, so that `parse_yaml` reads them back equal."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _RESOLVERS
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _RESOLVERS
+    _level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise ComposerError(None, None, f"the tag {tag} is not supported", event.start_mark)
+        if self._level == _MAX_LEVELS:
+            raise ComposerError(
+                None, None, f"nested deeper than {_MAX_LEVELS} levels", event.start_mark
+            )
+        self._level += 1
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value
+            if not isinstance(key, str):
+                raise ConstructorError(None, None, "a key must be one word", key_node.start_mark)
+            if key in mapping:
+                problem = f"the key {key!r} is given twice"
+                raise ConstructorError(None, None, problem, key_node.start_mark)
+            mapping[key] = self.construct_object(value_node, deep=deep)
+        return mapping
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        return int(node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)

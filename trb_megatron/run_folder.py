@@ -1,0 +1,136 @@
+"""The folder of a run: one job at a time writes there, and what cannot be written ends its job."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import torch.distributed as dist
+
+from trb_megatron.config import ConfigError
+from trb_megatron.shared_failure import SharedFailure, from_rank_zero
+from trb_megatron.supervision import RunError
+
+LOCK_FILE = "lock"
+_PATIENCE_S = 60.0  # for a job that is being killed to be gone
+_POLL_S = 0.2
+
+
+class RunFolderError(RunError):
+    """Something that could not be written into the folder of a run; the message names it."""
+
+
+def find_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = {
+        int(match[1]): folder
+        for folder in (run_dir / "checkpoints").glob("step_*")
+        if (match := re.fullmatch(r"step_(\d+)", folder.name)) and folder.is_dir()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+@contextmanager
+def written_together(what: Path, run_dir: Path) -> Iterator[SharedFailure]:
+    """Let a block that writes fail on all ranks when it fails on one.
+
+    Collective over all ranks: an all-gather follows the block. Where ranks communicate inside it,
+    what may fail on one of them in between goes under `kept` of the object yielded.
+
+    Raises:
+        RunFolderError: names `what`, the reason, and the last good checkpoint.
+    """
+    failure = SharedFailure(what.parent)
+    with failure.kept():
+        yield failure
+
+    def describe(reason: str) -> RunFolderError:
+        checkpoints = find_checkpoints(run_dir)
+        last = "there is no checkpoint"
+        if checkpoints:
+            last = f"the last good checkpoint is {checkpoints[-1]}"
+        return RunFolderError(f"{what}: could not be written ({reason}); {last}")
+
+    failure.raise_together(describe)
+
+
+def lock_run_folder(
+    run_dir: Path, *, say: Callable[[str], None], patience_s: float = _PATIENCE_S
+) -> BinaryIO:
+    """Make the folder of a run if need be, and keep other jobs out of it.
+
+    Collective over all ranks, with broadcasts of objects. Rank 0 locks the file `lock` exclusively
+    (flock), then every rank shares the lock until its process ends, however it ends. So the folder
+    of a killed job is free when all ranks are gone, and with them the processes that they forked to
+    write a checkpoint. Where the file system has no such locks, a warning is all.
+
+    Returns:
+        The open file that holds the lock.
+
+    Raises:
+        ConfigError: another job held the lock for `patience_s` seconds; names host and process.
+        RunFolderError: the folder cannot be written to.
+    """
+    path = run_dir / LOCK_FILE
+    holder = None
+    with written_together(path, run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+        if dist.get_rank() == 0:
+            holder = _claim(file, say, patience_s)
+    holder = from_rank_zero(lambda: holder)
+    if holder is not None:
+        raise ConfigError(
+            f"run.dir={run_dir}: in use by {holder}; wait until that ends, or choose another "
+            "run.dir"
+        )
+    if dist.get_rank() != 0:
+        _lock(file, fcntl.LOCK_SH, say)
+    return file
+
+
+def _claim(file: BinaryIO, say: Callable[[str], None], patience_s: float) -> str | None:
+    """Lock out other jobs and note who does so; or say who is still there after the time."""
+    deadline = time.monotonic() + patience_s
+    has_told = False
+    while True:
+        if _lock(file, fcntl.LOCK_EX, say):
+            file.truncate(0)
+            started = datetime.now(UTC).isoformat(" ", "seconds")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {started}".encode())
+            file.flush()
+            if _lock(file, fcntl.LOCK_SH, say):  # not atomic: someone may get in between
+                return None
+        file.seek(0)
+        holder = file.read().decode("utf-8", "replace")
+        if time.monotonic() > deadline:
+            return holder
+        if not has_told:
+            say(f"{file.name}: held by {holder}; waiting up to {patience_s:.0f} s for it to end")
+            has_told = True
+        time.sleep(_POLL_S)
+
+
+def _lock(file: BinaryIO, operation: int, say: Callable[[str], None]) -> bool:
+    """Take a lock without waiting; False when it is taken."""
+    try:
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        say(
+            f"warning: {file.name}: the file system has no locks ({error.strerror}); see to it "
+            "that no other job writes into this folder"
+        )
+    return True

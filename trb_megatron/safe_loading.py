@@ -1,0 +1,121 @@
+"""Megatron checkpoints of strangers, read without running code that their files bring along.
+
+Three kinds of their files are pickles, which name functions and have them called: the index
+`.metadata`, which torch unpickles as it stands; `common.pt` and the objects between the tensors,
+which torch loads; and the scaling state of Transformer Engine's FP8 layers, which Transformer
+Engine unpickles. Here a name that such a file has no need of is refused before anything is called.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from trb_megatron.hf_checkpoint import CheckpointError, check_file_name
+
+INDEX_FILE = ".metadata"
+
+_INDEX_NAMES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+        *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.planner": {
+        *("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    },
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},  # Python 3.13
+}
+# What `get_extra_state` of Transformer Engine 2 pickles: tensors, numbers and the FP8 recipe. Close
+# to the list of megatron-core 0.19's `SafeUnpickler`, which guards its grouped experts only.
+_SCALING_NAMES = {
+    "collections": {"OrderedDict"},
+    "torch": {"Size"},
+    "torch._tensor": {"_rebuild_from_type_v2"},
+    "torch._utils": {"_rebuild_tensor_v2"},
+    "torch.storage": {"UntypedStorage", "_load_from_bytes"},  # the latter is a `torch.load`
+    "transformer_engine.common.recipe": {
+        *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
+        *("NVFP4BlockScaling", "Format", "_FormatHelper", "MMParams", "QParams"),
+        "_OverrideLinearPrecision",
+    },
+    "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
+}
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+class _NamesUnpickler(pickle.Unpickler):
+    """An unpickler for files that need only some names, and data types of torch."""
+
+    def __init__(self, data: bytes, names: Mapping[str, set[str]]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._names = names
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self._names.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refused, it asks for {module}.{name}")
+
+
+def read_index(checkpoint: Path) -> Metadata:
+    """The index of a `torch.distributed.checkpoint` folder, read without running code.
+
+    Raises:
+        CheckpointError: the index is damaged, asks for something that no index needs, or names a
+            data file outside the folder.
+    """
+    file = checkpoint / INDEX_FILE
+    try:
+        index = _NamesUnpickler(file.read_bytes(), _INDEX_NAMES).load()
+        data_files = {info.relative_path for info in index.storage_data.values()}
+    except Exception as error:  # a damaged pickle raises anything
+        raise CheckpointError(f"{file}: corrupt ({error})") from error
+    for name in data_files:
+        check_file_name(name, file)
+    return index
+
+
+def check_scaling_states(model_state: Mapping[str, Any]) -> None:
+    """Check what Transformer Engine is going to unpickle of a loaded state dict.
+
+    Call it inside `no_code_from`: a state's tensors are torch files of their own.
+
+    Raises:
+        pickle.UnpicklingError: a state asks for something that no FP8 layer needs.
+    """
+    for name, state in model_state.items():
+        if name.endswith("_extra_state") and isinstance(state, Tensor) and state.numel() > 0:
+            _NamesUnpickler(state.cpu().numpy().tobytes(), _SCALING_NAMES).load()
+
+
+@contextmanager
+def no_code_from(checkpoint: Path) -> Iterator[None]:
+    """Check a checkpoint's index; inside, no `torch.load` of this process runs code.
+
+    Torch then builds tensors and plain data only, whatever its caller asks for.
+
+    Raises:
+        CheckpointError: as `read_index`.
+    """
+    read_index(checkpoint)
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
