@@ -16,7 +16,15 @@ from tests.runs import Holdings, make_trainer, measure_holdings, num_bytes
 from tests.tiny import make_checkpoint, make_tokenizer
 from trb_megatron.config import Config, ConfigError, load_config
 from trb_megatron.pair_config import PairConfig
-from trb_megatron.plan import ADAM_BYTES, GB, PARAMETER_BYTES, Plan, check_memory, make_plan
+from trb_megatron.plan import (
+    ADAM_BYTES,
+    GB,
+    PARAMETER_BYTES,
+    Plan,
+    _buckets,
+    check_memory,
+    make_plan,
+)
 from trb_megatron.report import describe_plan
 
 # ---------------------------------------------------------------- against real ranks
@@ -99,6 +107,14 @@ def test_plan_is_what_ranks_hold_in_bf16(tmp_path: Path, family: str) -> None:
     plan = plan_of(config, layout.world_size)
     for held, cache in found:
         assert cache == plan.memory[held.stage].cache_all
+
+
+def test_shared_embedding_has_a_bucket_of_its_own() -> None:
+    """Which shows where the replicas are no power of two: the parts are padded to 384 each."""
+    sizes = {"embedding.word_embeddings.weight": 4096, "decoder.final_layernorm.weight": 32}
+    assert sum(_buckets(sizes, is_tied=True, pp_size=2, dp_size=3)) == 11 * 384 + 384
+    for is_tied, pp_size in ((False, 2), (True, 1)):
+        assert sum(_buckets(sizes, is_tied, pp_size, dp_size=3)) == 11 * 384
 
 
 # ---------------------------------------------------------------- against published numbers
