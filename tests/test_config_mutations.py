@@ -753,7 +753,11 @@ def test_every_value_of_the_tables(key: str, tmp_path: Path) -> None:
         check(Mutant("good-value", content, (f"{key}={snippet}",), values={key: value}), tmp_path)
 
 
-def test_every_document_override_and_conflict(tmp_path: Path) -> None:
+def test_every_section_document_override_and_conflict(tmp_path: Path) -> None:
+    for name, defaults in SECTIONS.items():
+        named = (f"{name}: required",) if defaults is None else ()
+        content = to_yaml(BASES["distill"], name, "null")
+        check(Mutant("section", content, named=named, values=defaults or {}), tmp_path)
     for change, expected in DOCUMENTS:
         check(document_mutant(change, expected), tmp_path)
     for override, name in BROKEN_OVERRIDES:
