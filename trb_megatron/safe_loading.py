@@ -46,6 +46,7 @@ _SCALING_NAMES = {
     "torch._tensor": {"_rebuild_from_type_v2"},
     "torch._utils": {"_rebuild_tensor_v2"},
     "torch.storage": {"UntypedStorage", "_load_from_bytes"},  # the latter is a `torch.load`
+    "megatron.core.safe_globals": {"safe_load_from_bytes"},  # its name since megatron-core 0.19
     "transformer_engine.common.recipe": {
         *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
         *("NVFP4BlockScaling", "Format", "_FormatHelper", "MMParams", "QParams"),
