@@ -79,7 +79,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
 
 def _break_folder(config_file: Path, run_dir: Path, how: str) -> list[str | None]:
     """What a record, a save and an export say on this rank once the folder is broken."""
-    from trb_megatron.trainer import RunLog
+    from trb_megatron.run_log import RunLog
 
     trainer = make_trainer(config_file, (*OPTIONS, f"run.dir={run_dir}"))
     with RunLog(trainer.config, trainer.step) as log:
@@ -181,7 +181,7 @@ def test_disk_that_is_full_at_any_file_or_page_ends_all_ranks(
 def _fill_records(config_file: Path, disk: Path) -> list[str | None]:
     """What a record says when metrics.jsonl, or the file of TensorBoard, does not fit."""
     from trb_megatron.run_folder import RunFolderError
-    from trb_megatron.trainer import RunLog
+    from trb_megatron.run_log import RunLog
 
     run_dir = disk / "run"
     trainer = make_trainer(config_file, (*OPTIONS, f"run.dir={run_dir}"))

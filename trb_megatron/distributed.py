@@ -151,3 +151,9 @@ def gather_from_leaders(value: T, layout: ParallelLayout) -> list[T]:
 def is_rank_zero() -> bool:
     """Whether this process is the one that prints and writes."""
     return dist.get_rank() == 0
+
+
+def say(line: str) -> None:
+    """Print a line on rank 0."""
+    if is_rank_zero():
+        print(line, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
 import socket
@@ -16,7 +17,16 @@ from typing import BinaryIO
 
 import torch.distributed as dist
 
-from trb_megatron.config import ConfigError
+from trb_megatron.atomic_folder import write_file
+from trb_megatron.config import (
+    Config,
+    ConfigError,
+    fingerprint_difference,
+    git_commit,
+    load_config,
+    save_config,
+)
+from trb_megatron.distributed import is_rank_zero
 from trb_megatron.shared_failure import SharedFailure, from_rank_zero
 from trb_megatron.supervision import RunError
 
@@ -61,6 +71,53 @@ def written_together(what: Path, run_dir: Path) -> Iterator[SharedFailure]:
         return RunFolderError(f"{what}: could not be written ({reason}); {last}")
 
     failure.raise_together(describe)
+
+
+def check_run_folder(config: Config) -> None:
+    """Refuse a run folder that cannot be made, or that belongs to another configuration.
+
+    Raises:
+        ConfigError: says which, and names the differences.
+    """
+    nearest = next(p for p in (config.run.dir, *config.run.dir.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(
+            f"run.dir={config.run.dir}: {nearest} is not a folder that can be written to; choose "
+            "another run.dir"
+        )
+    file = config.run.dir / "config.yaml"
+    if file.is_file():
+        check_same_run(config.run.dir, load_config(file), config)
+
+
+def write_run_folder(config: Config) -> None:
+    """Record the resolved configuration and the commit, make a place for checkpoints.
+
+    Rank 0 writes; collective over all ranks.
+
+    Raises:
+        RunFolderError: the folder cannot be written to.
+    """
+    file = config.run.dir / "config.yaml"
+    with written_together(file, config.run.dir):
+        if is_rank_zero():
+            save_config(config, file)
+            write_file(config.run.dir / "commit.json", json.dumps({"commit": git_commit()}) + "\n")
+            (config.run.dir / "checkpoints").mkdir(exist_ok=True)
+
+
+def check_same_run(where: Path, saved: Config, now: Config) -> None:
+    """Refuse to go on with `saved`, found in `where`, under a configuration that differs.
+
+    Raises:
+        ConfigError: names the first differences.
+    """
+    differences = fingerprint_difference(saved, now)
+    if differences:
+        raise ConfigError(
+            f"{where}: belongs to a run with another configuration "
+            f"({'; '.join(differences[:3])}); choose another run.dir or restore the configuration"
+        )
 
 
 def lock_run_folder(

@@ -21,12 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,20 +43,16 @@ from trb_megatron.config import (
     Config,
     ConfigError,
     config_warnings,
-    fingerprint_difference,
-    git_commit,
-    load_config,
     parse_config,
-    save_config,
 )
-from trb_megatron.distributed import ParallelLayout, gather_from_leaders, is_rank_zero
+from trb_megatron.distributed import ParallelLayout, gather_from_leaders, is_rank_zero, say
 from trb_megatron.drafting import DraftCosts
 from trb_megatron.evaluate import Evaluator, load_problem_sets
 from trb_megatron.forward import forward_backward, forward_hidden
 from trb_megatron.fused_loss import OutputLayer, fused_loss
 from trb_megatron.hf_weights import save_hf_checkpoint
 from trb_megatron.loss import LossOptions
-from trb_megatron.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
+from trb_megatron.metrics import PhaseTimer, peak_memory_gb
 from trb_megatron.model_pair import DTYPES, ModelPair
 from trb_megatron.models import common_token_multiple, flash_attention_version
 from trb_megatron.nonfinite import NonFiniteGuard, find_in_gradients, find_in_rollouts
@@ -84,7 +76,14 @@ from trb_megatron.prompts import Prompt, PromptOrder, load_prompts
 from trb_megatron.report import describe_environment, describe_plan, describe_precision
 from trb_megatron.rewards import RewardWorkers
 from trb_megatron.rollout import RolloutEngine
-from trb_megatron.run_folder import lock_run_folder, written_together
+from trb_megatron.run_folder import (
+    check_run_folder,
+    check_same_run,
+    lock_run_folder,
+    write_run_folder,
+    written_together,
+)
+from trb_megatron.run_log import RunLog
 from trb_megatron.scheduler import Request
 from trb_megatron.stopping import StopRequests
 from trb_megatron.vocab_parallel import RowError
@@ -116,7 +115,7 @@ class Trainer:
             say(line)
         for warning in config_warnings(config):
             say(f"warning: {warning}")
-        _check_run_folder(config)
+        check_run_folder(config)
 
         self.pair = PairConfig.read(config, with_teacher=self.is_distilling)
         plan = self._plan()
@@ -167,7 +166,7 @@ class Trainer:
             )
         self._lock = lock_run_folder(self.run_dir, say=say)
         self._resume()
-        _write_run_folder(config)
+        write_run_folder(config)
         if config.rollout.draft_tokens == "auto" and self._policy().needs_teacher:
             self.engine.draft_costs = self._draft_costs()
 
@@ -535,7 +534,7 @@ class Trainer:
         if found is None:
             return
         checkpoint, state = found
-        _check_same_run(checkpoint, parse_config(state.config), self.config)
+        check_same_run(checkpoint, parse_config(state.config), self.config)
         if state.data_fingerprint != self.prompt_set.fingerprint:
             raise ConfigError(
                 f"{self.config.data.path}: these are not the prompts that {checkpoint} was trained "
@@ -546,67 +545,6 @@ class Trainer:
         self.guard.num_skipped = state.num_skipped
         self.evaluation_is_due = state.evaluation_is_due
         say(f"resumed from {checkpoint}")
-
-
-class RunLog:
-    """What rank 0 shows and writes of a run; what it cannot write ends the run on all ranks."""
-
-    def __init__(self, config: Config, step: int) -> None:
-        self._config = config
-        self._step = step
-        self._writing = partial(written_together, config.run.dir / "metrics.jsonl", config.run.dir)
-
-    def __enter__(self) -> RunLog:
-        with self._writing():
-            if is_rank_zero():
-                self._open()
-        return self
-
-    def _open(self) -> None:
-        logging = self._config.logging
-        self._metrics = MetricsLogger(
-            self._config.run.dir, logging.tensorboard, logging.wandb_project, self._config
-        )
-        # A start that never reached a checkpoint is started over, initial evaluation included.
-        self._metrics.truncate_after(self._step if self._step > 0 else -1)
-        self._progress = Progress(self._config.training.steps, self._step).__enter__()
-
-    def __exit__(self, error_type: type[BaseException] | None, *error: Any) -> None:
-        if is_rank_zero():
-            self._progress.__exit__(error_type, *error)
-            # What made a record fail would do so again, and hide itself.
-            with suppress(OSError) if error_type is not None else nullcontext():
-                self._metrics.close()
-
-    def write(self, line: str) -> None:
-        """Print a line above the progress bar."""
-        if is_rank_zero():
-            self._progress.write(line)
-
-    def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of a finished step and show its progress."""
-        with self._writing():
-            if is_rank_zero():
-                self._metrics.log(step, metrics)
-        if is_rank_zero():
-            self._progress.update(
-                step,
-                loss=metrics["loss"],
-                reward=metrics.get("rollout/reward"),
-                tokens_per_s=metrics["perf/tokens_per_s"],
-            )
-
-    def add(self, step: int, metrics: dict[str, float]) -> None:
-        """Write further metrics of a step that is recorded already, or of step 0."""
-        with self._writing():
-            if is_rank_zero() and metrics:
-                self._metrics.add(step, metrics)
-
-
-def say(line: str) -> None:
-    """Print a line on rank 0."""
-    if is_rank_zero():
-        print(line, flush=True)
 
 
 def _check_counts(plan: Plan, models: ModelPair, layout: ParallelLayout) -> None:
@@ -638,38 +576,3 @@ def _averages(total: dict[str, float]) -> dict[str, float]:
         metrics["rollout/reward"] = total["reward"] / total["rewards"]
         metrics["rollout/reward_timeouts"] = total["timeouts"]
     return metrics
-
-
-def _check_run_folder(config: Config) -> None:
-    """Refuse a run folder that cannot be made, or that belongs to another configuration."""
-    nearest = next(p for p in (config.run.dir, *config.run.dir.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(
-            f"run.dir={config.run.dir}: {nearest} is not a folder that can be written to; choose "
-            "another run.dir"
-        )
-    file = config.run.dir / "config.yaml"
-    if file.is_file():
-        _check_same_run(config.run.dir, load_config(file), config)
-
-
-def _write_run_folder(config: Config) -> None:
-    """Record the resolved configuration and the commit, make a place for checkpoints.
-
-    Rank 0 writes; collective over all ranks.
-    """
-    file = config.run.dir / "config.yaml"
-    with written_together(file, config.run.dir):
-        if is_rank_zero():
-            save_config(config, file)
-            write_file(config.run.dir / "commit.json", json.dumps({"commit": git_commit()}) + "\n")
-            (config.run.dir / "checkpoints").mkdir(exist_ok=True)
-
-
-def _check_same_run(where: Path, saved: Config, now: Config) -> None:
-    differences = fingerprint_difference(saved, now)
-    if differences:
-        raise ConfigError(
-            f"{where}: belongs to a run with another configuration "
-            f"({'; '.join(differences[:3])}); choose another run.dir or restore the configuration"
-        )
