@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.distributed import run_distributed
 from tests.layouts import write_inputs
@@ -197,9 +198,7 @@ def _tokens(folder: Path, layout: Any, token_multiple: int | None = None) -> dic
 
 def _flash() -> Any:
     """Megatron's call of flash-attention, computed without it."""
-    from trb_megatron.kv_cache import RaggedBatch
     from trb_megatron.models import PagedSelfAttention
-    from trb_megatron.paged_attention import paged_attention
 
     def attend(
         self: Any,
@@ -216,18 +215,18 @@ def _flash() -> Any:
     ) -> torch.Tensor:
         assert len(query) == cu_query_lengths[-1], "the kernels leave other rows as they are"
         assert not is_decode_only or len(query) == len(block_table)
-        batch = RaggedBatch(
-            positions_N=torch.empty(0),
-            query_lengths_S=cu_query_lengths.diff(),
-            kv_lengths_S=kv_lengths,
-            block_table_SP=block_table,
-            cache_index_N=torch.empty(0),
-            num_tokens=len(query),
-            page_tokens=keys.shape[1],
-            max_query_length=max_query_length,
-            max_kv_length=max_kv_length,
-        )
-        return paged_attention(query, keys, values, batch, query.shape[-1] ** -0.5)
+        outputs = []
+        new = query[:, 0].split(cu_query_lengths.diff().tolist())
+        for queries, pages, length in zip(new, block_table, kv_lengths.tolist(), strict=True):
+            past = length - len(queries)
+            visible = torch.ones(len(queries), length, dtype=torch.bool).tril(past)
+            q, k, v = (
+                x[:length].transpose(0, 1)
+                for x in (queries, keys[pages].flatten(0, 1), values[pages].flatten(0, 1))
+            )
+            output = F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
+            outputs.append(output.transpose(0, 1))
+        return torch.cat(outputs)[:, None]
 
     return mock.patch.object(PagedSelfAttention, "flash_decode_and_prefill", attend)
 
@@ -378,6 +377,7 @@ def _train_in_turns(config_file: Path) -> list[str]:
                 assert trainer.models.teacher.config.fp8_recipe == "tensorwise"
                 assert trainer.models.teacher.token_multiple == 16
             trainer.train()
+            trainer._lock.close()  # as the end of its process would
     return said
 
 
