@@ -1,6 +1,5 @@
 """Whole training runs inside the ranks of a test, and what can be compared of them."""
 
-import gc
 import hashlib
 import json
 from collections.abc import Iterable
@@ -60,7 +59,6 @@ def make_trainer(config_file: Path, overrides: tuple[str, ...]) -> Any:
     """A trainer on the ranks that exist already, without graders."""
     from trb_megatron.config import load_config
 
-    gc.collect()  # an earlier trainer, if it is garbage, lets go of its run folder
     config = load_config(config_file, list(overrides))
     layout = _join(config.parallel)
 

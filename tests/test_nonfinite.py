@@ -61,7 +61,7 @@ def _run_all(config_file: Path) -> dict[str, Any]:
         seen["skipped"] = trainer.train_step()
     seen["untouched by skipped"] = torch.equal(_weights(trainer), before)
     trainer._save()
-    del trainer
+    trainer._lock.close()
     trainer = make_trainer(config_file, (*options, f"run.dir={config_file.parent}/skipping"))
     seen["next"] = trainer.train_step()
     seen["updated"] = not torch.equal(_weights(trainer), before)

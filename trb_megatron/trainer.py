@@ -176,33 +176,38 @@ class Trainer:
         """Run all remaining steps, evaluating and saving on the way, and export the student.
 
         Asked to stop (see `stopping`), finish the step, save and return; the evaluation that the
-        step may have been due for is made up for when the run goes on.
+        step may have been due for is made up for when the run goes on. The run folder's lock is
+        given up at the end.
         """
-        config = self.config
-        with RunLog(config, self.step) as log, StopRequests() as stop_requests:
+        with self._lock, RunLog(self.config, self.step) as log, StopRequests() as stop_requests:
             if self.evaluation_is_due:
                 log.add(self.step, self._evaluate(log))
-            while self.step < config.training.steps:
-                metrics = self.train_step()
-                is_last = self.step == config.training.steps
-                is_periodic = self.step % config.evaluation.every == 0
-                self.evaluation_is_due = config.evaluation.at_end if is_last else is_periodic
-                stop_reason = None if is_last else stop_requests.agree()
-                if self.evaluation_is_due and not stop_reason:
-                    metrics |= self._evaluate(log)
-                log.record(self.step, metrics)
-                if self.step % config.checkpoint.every == 0 or is_last or stop_reason:
-                    self._save()
-                if stop_reason:
+            while self.step < self.config.training.steps:
+                if reason := self._run_step(log, stop_requests):
                     message = (
-                        f"stopped by {stop_reason} after step {self.step} of "
-                        f"{config.training.steps}; start the same command again to go on"
+                        f"stopped by {reason} after step {self.step} of "
+                        f"{self.config.training.steps}; start the same command again to go on"
                     )
                     log.write(message)
                     stop_requests.confirm(message)
                     return
-        if config.checkpoint.export_hf:
-            self._export()
+            if self.config.checkpoint.export_hf:
+                self._export()
+
+    def _run_step(self, log: RunLog, stop_requests: StopRequests) -> str | None:
+        """Train a step and record it; why the run shall end after it, None to go on."""
+        config = self.config
+        metrics = self.train_step()
+        is_last = self.step == config.training.steps
+        is_periodic = self.step % config.evaluation.every == 0
+        self.evaluation_is_due = config.evaluation.at_end if is_last else is_periodic
+        stop_reason = None if is_last else stop_requests.agree()
+        if self.evaluation_is_due and not stop_reason:
+            metrics |= self._evaluate(log)
+        log.record(self.step, metrics)
+        if self.step % config.checkpoint.every == 0 or is_last or stop_reason:
+            self._save()
+        return stop_reason
 
     def train_step(self) -> dict[str, float]:
         """Do one step and return its metrics; stages as in the module docstring."""
