@@ -156,6 +156,31 @@ def test_only_the_first_claim_counts(store: dist.Store) -> None:
         supervisor.close()
 
 
+class LostStore:
+    """A store whose host is gone."""
+
+    def check(self, keys: list[str]) -> bool:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+
+def test_a_lost_store_is_one_line(
+    store: dist.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor = Supervisor(store, 0, 2, neighbors=range(1))
+    supervisor.close()
+    monkeypatch.setattr(supervisor, "_store", LostStore())
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
+    monkeypatch.setenv("MASTER_ADDR", "n1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(SystemExit, match="1"):
+        supervisor.fail(RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"))
+    assert capsys.readouterr().err == (
+        f"error: rank 0 ({socket.gethostname()}) lost torchrun's store at n1:29500: that host, or "
+        "its torchrun, is gone (Connection reset by peer)\n"
+    )
+
+
 def test_a_broken_collective_is_recognised_behind_another_error() -> None:
     try:
         try:

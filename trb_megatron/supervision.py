@@ -135,12 +135,15 @@ class Supervisor:
         """End this process because of an error, with a message if it is the job's first."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which ends it anyhow
         reason = _describe(error)
-        if _is_lost_peer(error):
-            reason = self._blame_others(reason)
-        if self._claim(reason):
-            _print_reason(reason, error)
-        else:
-            time.sleep(_QUIET_EXIT_S)
+        try:
+            if _is_lost_peer(error):
+                reason = self._blame_others(reason)
+            if self._claim(reason):
+                _print_reason(reason, error)
+            else:
+                time.sleep(_QUIET_EXIT_S)
+        except dist.DistError as lost:
+            self._print_lost_store(lost)
         sys.stdout.flush()
         os._exit(2 if isinstance(error, SetupError) else 1)
 
