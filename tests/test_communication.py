@@ -22,8 +22,9 @@ from trb_megatron.blending import solve_behavior
 from trb_megatron.coupling import draw_tokens
 from trb_megatron.fused_loss import OutputLayer, fused_loss
 from trb_megatron.loss import LossOptions
-from trb_megatron.policies import BlendPolicy, Sampling, StudentPolicy, Uniforms
+from trb_megatron.policies import BlendPolicy, Sampling, StudentPolicy
 from trb_megatron.stop_alignment import StopAlignment
+from trb_megatron.uniforms import drawing_uniforms
 
 NUM_ROWS, NUM_IDS, HIDDEN_SIZE, TOP_K = 60, 1000, 24, 8
 ALIGNMENT = StopAlignment(student_ids=(3,), teacher_ids=(7, 3))
@@ -110,16 +111,16 @@ def measure_shards() -> dict[str, Measured]:
     measured["draw"] = _sum_up(counter, communication.draw_bytes(NUM_ROWS, rejected, tp_size))
 
     sampling = Sampling(1.0, 9, (3,), seed=0, step=0, num_valid=NUM_IDS)
-    uniforms = Uniforms(torch.arange(NUM_ROWS), torch.zeros(NUM_ROWS, dtype=torch.long))
+    uniforms_3N = drawing_uniforms(torch.arange(NUM_ROWS), torch.zeros(NUM_ROWS, dtype=torch.long))
     policy = BlendPolicy(sampling, 0.02, ALIGNMENT, group)
     with CollectiveCounter() as counter:
-        policy.propose(student_NU, uniforms)
+        policy.propose(student_NU, uniforms_3N)
     expected = communication.proposal_bytes(NUM_ROWS, tp_size)
     expected += communication.stop_bytes(NUM_ROWS, 1, tp_size)
     measured["proposal"] = _sum_up(counter, expected)
 
     with CollectiveCounter() as counter, EvaluationCounter() as tried:
-        _, record = policy.draw(student_NU, teacher_NU, uniforms)
+        _, record = policy.draw(student_NU, teacher_NU, uniforms_3N)
     rejected = int((~record.accepted).sum())
     expected = communication.blend_bytes(NUM_ROWS, tried.evaluations, tp_size)
     expected += communication.stop_bytes(NUM_ROWS, 1 + 2, tp_size)
@@ -128,7 +129,7 @@ def measure_shards() -> dict[str, Measured]:
     measured["policy"] = _sum_up(counter, expected)
 
     with CollectiveCounter() as counter:
-        StudentPolicy(sampling, group, ALIGNMENT).draw(student_NU, None, uniforms)
+        StudentPolicy(sampling, group, ALIGNMENT).draw(student_NU, None, uniforms_3N)
     expected = communication.proposal_bytes(NUM_ROWS, tp_size)
     expected += communication.stop_bytes(NUM_ROWS, 1 + 1, tp_size)
     measured["student's draw"] = _sum_up(counter, expected)
@@ -232,7 +233,7 @@ def measure_training(config_file: Path) -> dict[str, Measured]:
 
     with CollectiveCounter() as counter:
         microbatches = trainer._add_teacher_hidden(microbatches)
-    teacher = trainer.models.teacher_config
+    teacher = trainer.pair.teacher
     sizes = (teacher.num_layers, teacher.hidden_size, 2)
     expected = communication.forward_bytes(num_tokens, *sizes, width)
     measured = {"teacher": _sum_up(counter, expected)}
@@ -240,9 +241,9 @@ def measure_training(config_file: Path) -> dict[str, Measured]:
     with CollectiveCounter() as counter:
         trainer._forward_backward(microbatches)
         trainer._update()
-    student = trainer.models.student_config
+    student = trainer.pair.student
     sizes = (student.num_layers, student.hidden_size, 2)
-    alignment = trainer.models.alignment
+    alignment = trainer.pair.alignment
     num_stops = len(alignment.student_ids) + len(alignment.teacher_ids)
     norms = sum(
         parameter.numel()
