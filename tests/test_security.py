@@ -27,7 +27,7 @@ from trb_megatron.checksums import write_sums
 from trb_megatron.hf_checkpoint import INDEX_FILE as HF_INDEX_FILE
 from trb_megatron.hf_checkpoint import CheckpointError, HFTensors
 from trb_megatron.megatron_tensors import DTYPES_FILE, read_hf_dtypes
-from trb_megatron.safe_loading import INDEX_FILE, check_scaling_states, no_code_from, read_index
+from trb_megatron.safe_loading import INDEX_FILE, read_index
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("trb_megatron", "checkpoints_tools")
@@ -242,23 +242,8 @@ def _plant_in_common(checkpoint: Path, mark: Path) -> None:
     torch.save(Payload(mark), checkpoint / "common.pt")
 
 
-def _plant_in_objects(checkpoint: Path, mark: Path) -> None:
-    """Put a payload in the place of every stored object that is no tensor."""
-    index = read_index(checkpoint)
-    tensors = {k for k, v in index.state_dict_metadata.items() if hasattr(v, "chunks")}
-    torch.save([Payload(mark)], checkpoint / "payload")
-    data = (checkpoint / "payload").read_bytes()
-    objects = [key for key in index.storage_data if key.fqn not in tensors]
-    assert objects
-    for key in objects:
-        info = index.storage_data[key]
-        index.storage_data[key] = replace(info, relative_path="payload", offset=0, length=len(data))
-    (checkpoint / INDEX_FILE).write_bytes(pickle.dumps(index))
-
-
 PLANTS = {
-    plant.__name__: plant
-    for plant in (_plant_in_index, _plant_behind_index, _plant_in_common, _plant_in_objects)
+    plant.__name__: plant for plant in (_plant_in_index, _plant_behind_index, _plant_in_common)
 }
 
 
@@ -348,36 +333,3 @@ def test_data_files_lie_in_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_bytes(pickle.dumps(index))
     with pytest.raises(CheckpointError, match="refused, it names the file"):
         read_index(tmp_path)
-
-
-def _as_state(value: object) -> dict[str, torch.Tensor]:
-    """A state dict with a scaling state as Transformer Engine writes it."""
-    return {
-        "linear._extra_state": torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-    }
-
-
-class NestedPayload:
-    """A tensor's storage that torch loads as a file of its own, with a payload in it."""
-
-    def __init__(self, folder: Path) -> None:
-        torch.save(Payload(folder / "mark"), folder / "nested")
-        self.data = (folder / "nested").read_bytes()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return torch.storage._load_from_bytes, (self.data,)
-
-
-def test_scaling_states_run_nothing(tmp_path: Path) -> None:
-    torch.distributed.checkpoint.save(
-        {"a": torch.zeros(2)}, checkpoint_id=tmp_path / "checkpoint", no_dist=True
-    )
-    with no_code_from(tmp_path / "checkpoint"):
-        check_scaling_states(
-            _as_state({"scale_fwd": torch.ones(3), "extra_fp8_variables": {"a": 1}})
-        )
-        check_scaling_states({"linear._extra_state": torch.empty(0, dtype=torch.uint8)})
-        for payload in (Payload(tmp_path / "mark"), NestedPayload(tmp_path)):
-            with pytest.raises(pickle.UnpicklingError):
-                check_scaling_states(_as_state({"scale_fwd": payload}))
-    assert not (tmp_path / "mark").exists()

@@ -37,7 +37,7 @@ from trb_megatron.hf_weights import expected_tensors
 from trb_megatron.megatron_tensors import carry_hf_files
 from trb_megatron.optimizer import load_optimizer_state
 from trb_megatron.run_folder import RunFolderError, find_checkpoints, written_together
-from trb_megatron.safe_loading import check_scaling_states, no_code_from
+from trb_megatron.safe_loading import no_code_from
 from trb_megatron.shared_failure import SharedFailure, from_rank_zero
 
 STATE_FILE = "training_state.json"
@@ -291,9 +291,7 @@ def load_checkpoint(
 def _load(checkpoint: Path, sharded_state: dict[str, Any]) -> dict[str, Any]:
     try:
         with no_code_from(checkpoint):
-            state = dist_checkpointing.load(sharded_state, str(checkpoint))
-            check_scaling_states(state["model"])
-            return state
+            return dist_checkpointing.load(sharded_state, str(checkpoint))
     except (
         *(CheckpointError, CheckpointingException, CheckpointException, OSError),
         pickle.UnpicklingError,

@@ -1,9 +1,9 @@
 """Megatron checkpoints of strangers, read without running code that their files bring along.
 
-Three kinds of their files are pickles, which name functions and have them called: the index
-`.metadata`, which torch unpickles as it stands; `common.pt` and the objects between the tensors,
-which torch loads; and the scaling state of Transformer Engine's FP8 layers, which Transformer
-Engine unpickles. Here a name that such a file has no need of is refused before anything is called.
+Some of their files are pickles, which name functions and have them called: the index `.metadata`,
+which torch unpickles as it stands, and `common.pt` and the objects between the tensors, which torch
+loads. Here a name that such a file has no need of is refused before anything is called. (The states
+of FP8 layers, which Transformer Engine would unpickle, are never read: see `models`.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from trb_megatron.hf_checkpoint import CheckpointError, check_file_name
@@ -37,22 +36,6 @@ _INDEX_NAMES = {
     },
     "pathlib": {"PosixPath"},
     "pathlib._local": {"PosixPath"},  # Python 3.13
-}
-# What `get_extra_state` of Transformer Engine 2 pickles: tensors, numbers and the FP8 recipe. Close
-# to the list of megatron-core 0.19's `SafeUnpickler`, which guards its grouped experts only.
-_SCALING_NAMES = {
-    "collections": {"OrderedDict"},
-    "torch": {"Size"},
-    "torch._tensor": {"_rebuild_from_type_v2"},
-    "torch._utils": {"_rebuild_tensor_v2"},
-    "torch.storage": {"UntypedStorage", "_load_from_bytes"},  # the latter is a `torch.load`
-    "megatron.core.safe_globals": {"safe_load_from_bytes"},  # its name since megatron-core 0.19
-    "transformer_engine.common.recipe": {
-        *("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"),
-        *("NVFP4BlockScaling", "Format", "_FormatHelper", "MMParams", "QParams"),
-        "_OverrideLinearPrecision",
-    },
-    "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
 }
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -88,19 +71,6 @@ def read_index(checkpoint: Path) -> Metadata:
     for name in data_files:
         check_file_name(name, file)
     return index
-
-
-def check_scaling_states(model_state: Mapping[str, Any]) -> None:
-    """Check what Transformer Engine is going to unpickle of a loaded state dict.
-
-    Call it inside `no_code_from`: a state's tensors are torch files of their own.
-
-    Raises:
-        pickle.UnpicklingError: a state asks for something that no FP8 layer needs.
-    """
-    for name, state in model_state.items():
-        if name.endswith("_extra_state") and isinstance(state, Tensor) and state.numel() > 0:
-            _NamesUnpickler(state.cpu().numpy().tobytes(), _SCALING_NAMES).load()
 
 
 @contextmanager

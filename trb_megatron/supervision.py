@@ -133,8 +133,12 @@ class Supervisor:
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of an error, with a message if it is the job's first."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which ends it anyhow
+        status = 2 if isinstance(error, SetupError) else 1
         reason = _describe(error)
+        if self._store is None:
+            _print_reason(reason, error)
+            sys.exit(status)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which ends it anyhow
         try:
             if _is_lost_peer(error):
                 reason = self._blame_others(reason)
@@ -145,21 +149,21 @@ class Supervisor:
         except dist.DistError as lost:
             self._print_lost_store(lost)
         sys.stdout.flush()
-        os._exit(2 if isinstance(error, SetupError) else 1)
+        os._exit(status)
 
     # ------------------------------------------------------------------ what the others do
 
     def _claim(self, reason: str) -> bool:
         """Whether this rank is the first that gives a reason."""
+        assert self._store is not None
         self._claiming.acquire()
-        if self._store is None:
-            return True
         mine = f"{self._rank} {reason}"
         return bool(self._store.compare_set(_FAILURE, "", mine).decode() == mine)
 
     def _blame_others(self, reason: str) -> str:
         """Why a collective broke: who died or is silent, else where everyone is."""
-        if self._store is None or self._store.check([_FAILURE]):
+        assert self._store is not None
+        if self._store.check([_FAILURE]):
             return reason
         before = self._signs_of_life(self._all_ranks)
         deadline = time.monotonic() + _SILENT_S
