@@ -125,10 +125,11 @@ def lock_run_folder(
 ) -> BinaryIO:
     """Make the folder of a run if need be, and keep other jobs out of it.
 
-    Collective over all ranks, with broadcasts of objects. Rank 0 locks the file `lock` exclusively
-    (flock), then every rank shares the lock until its process ends, however it ends. So the folder
-    of a killed job is free when all ranks are gone, and with them the processes that they forked to
-    write a checkpoint. Where the file system has no such locks, a warning is all.
+    Collective over all ranks, with broadcasts of objects and a barrier. Rank 0 locks the file
+    `lock` exclusively (flock), then every rank shares the lock until its process ends, however it
+    ends. So the folder of a killed job is free when all ranks are gone, and with them the processes
+    that they forked to write a checkpoint. Where the file system has no such locks, a warning is
+    all.
 
     Returns:
         The open file that holds the lock.
@@ -152,6 +153,7 @@ def lock_run_folder(
         )
     if dist.get_rank() != 0:
         _lock(file, fcntl.LOCK_SH, say)
+    dist.barrier()  # from here on each rank holds it
     return file
 
 
