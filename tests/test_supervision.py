@@ -156,6 +156,21 @@ def test_only_the_first_claim_counts(store: dist.Store) -> None:
         supervisor.close()
 
 
+def test_a_rank_that_was_asked_to_end_is_not_blamed(
+    store: dist.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, other = (Supervisor(store, rank, 2, neighbors=range(2)) for rank in range(2))
+    asked.note_termination()
+    for supervisor in (asked, other):
+        supervisor.close()
+    monkeypatch.setattr(other, "_dead_neighbor", lambda: "rank 0 was killed")
+    monkeypatch.setattr("trb_megatron.supervision._QUIET_EXIT_S", 0.0)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        other.end_if_neighbor_died()
+    assert capsys.readouterr().err == ""
+
+
 class LostStore:
     """A store whose host is gone."""
 

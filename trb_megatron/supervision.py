@@ -67,6 +67,7 @@ def supervised_job() -> Iterator[None]:
 
     def terminate(number: int, frame: FrameType | None) -> None:
         supervisor.end_if_neighbor_died()
+        supervisor.note_termination()
         sys.exit(128 + number)
 
     previous = signal.signal(signal.SIGTERM, terminate)
@@ -248,6 +249,11 @@ class Supervisor:
         else:
             time.sleep(_QUIET_EXIT_S)
         os._exit(1)
+
+    def note_termination(self) -> None:
+        """Take the claim without a message: a rank that was asked to end is no dead neighbor."""
+        if self._store is not None:
+            self._claim("ended by a signal")
 
     def _print_lost_store(self, error: Exception) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
