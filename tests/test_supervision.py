@@ -31,10 +31,12 @@ class Outcome:
 
 
 def launch(fault: str, launcher: str = "trb_megatron.launch") -> Outcome:
-    command = [sys.executable, "-m", launcher, f"--nproc-per-node={NUM_RANKS}"]
+    # torchrun looks once a second, so that ends that are near have no order for it.
+    torchrun = ["-m", launcher, f"--nproc-per-node={NUM_RANKS}", "--monitor-interval=1"]
+    rank = ["-m", "tests.supervised_rank", fault, str(TIMEOUT_S)]
     started = time.monotonic()
     job = subprocess.run(
-        [*command, "-m", "tests.supervised_rank", fault, str(TIMEOUT_S)],
+        [sys.executable, *torchrun, *rank],
         capture_output=True,
         text=True,
         timeout=150,
@@ -164,7 +166,7 @@ def test_a_rank_that_was_asked_to_end_is_not_blamed(
     for supervisor in (asked, other):
         supervisor.close()
     monkeypatch.setattr(other, "_dead_neighbor", lambda: "rank 0 was killed")
-    monkeypatch.setattr("trb_megatron.supervision._QUIET_EXIT_S", 0.0)
+    monkeypatch.setattr("trb_megatron.supervision._HEAD_START_S", 0.0)
     monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit, match="1"):
         other.end_if_neighbor_died()

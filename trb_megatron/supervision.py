@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 SIGN_OF_LIFE_S = 2.0
 _SILENT_S = 5 * SIGN_OF_LIFE_S  # a rank of another host without a new sign is taken for dead
-_QUIET_EXIT_S = 2.0  # what the rank that speaks is left before torchrun ends it with the others
+_HEAD_START_S = 2.0  # of the rank that failed first: torchrun reports the first end that it sees
 _LAST_GRACE_S = 20.0  # for a rank to leave by itself after another one failed
 _FAILURE = "failure"
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
@@ -140,13 +140,15 @@ class Supervisor:
             _print_reason(reason, error)
             sys.exit(status)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which ends it anyhow
+        lost_peer = _is_lost_peer(error)
         try:
-            if _is_lost_peer(error):
+            if lost_peer:
                 reason = self._blame_others(reason)
-            if self._claim(reason):
+            speaks = self._claim(reason)
+            if speaks:
                 _print_reason(reason, error)
-            else:
-                time.sleep(_QUIET_EXIT_S)
+            if lost_peer or not speaks:
+                time.sleep(_HEAD_START_S)
         except dist.DistError as lost:
             self._print_lost_store(lost)
         sys.stdout.flush()
@@ -247,7 +249,7 @@ class Supervisor:
         if self._claim(reason):
             _print_reason(reason, None)
         else:
-            time.sleep(_QUIET_EXIT_S)
+            time.sleep(_HEAD_START_S)
         os._exit(1)
 
     def note_termination(self) -> None:
