@@ -113,6 +113,10 @@ class PagedTransformerLayer(TransformerLayer):
     Megatron's branches for the features that these models lack cost a fifth of a decoding step.
     """
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Megatron looks for a CUDA graph of the layer here; `decode_graphs` captures models."""
+        return torch.nn.Module.__call__(self, *args, **kwargs)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -147,9 +151,9 @@ class PagedSelfAttention(SelfAttention):
         Megatron's own call of flash-attention is used where it can read the pages. `angles` are
         the rotary embedding's, [max_tokens, 1, 1, d].
         """
-        query_N1grd, key_N1g1d, value_N1g1d = self._query_key_value(hidden_N1H)
-        rotated_N1ghd = cache.rotate(torch.cat((query_N1grd, key_N1g1d), dim=3), angles)
-        query_N1grd, key_N1g1d = rotated_N1ghd.split((query_N1grd.shape[3], 1), dim=3)
+        query_key_N1ghd, value_N1g1d = self._query_key_value(hidden_N1H)
+        rotated_N1ghd = cache.rotate(query_key_N1ghd, angles)
+        query_N1grd, key_N1g1d = rotated_N1ghd.split((rotated_N1ghd.shape[3] - 1, 1), dim=3)
         cache.append(self.layer_number, key_N1g1d, value_N1g1d)
         query_N1hd = query_N1grd.flatten(2, 3)
         if flash_attention_version(query_N1hd.device, query_N1hd.dtype) is None:
@@ -161,15 +165,26 @@ class PagedSelfAttention(SelfAttention):
         output, _ = self.linear_proj(context.flatten(2))
         return output
 
-    def _query_key_value(self, hidden_N1H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [N, 1, g, h / g, d], keys and values [N, 1, g, 1, d], before the rotation."""
+    def _query_key_value(self, hidden_N1H: Tensor) -> tuple[Tensor, Tensor]:
+        """Before the rotation: each group's queries and then its key [N, 1, g, h / g + 1, d], and
+        values [N, 1, g, 1, d]."""
         projected, _ = self.linear_qkv(hidden_N1H)
         groups, head_size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         heads_N1ghd = projected.view(*projected.shape[:2], groups, -1, head_size)
-        query, key, value = heads_N1ghd.split((heads_N1ghd.shape[3] - 2, 1, 1), dim=3)
+        query_key, value = heads_N1ghd.split((heads_N1ghd.shape[3] - 1, 1), dim=3)
         if self.q_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        return query, key, value
+            query_key = self._norm_heads(query_key)
+        return query_key, value
+
+    def _norm_heads(self, query_key_N1ghd: Tensor) -> Tensor:
+        """The RMS norms of queries and keys in one, rounded once at the end like each of them."""
+        num_queries, head_size = query_key_N1ghd.shape[3] - 1, query_key_N1ghd.shape[4]
+        query_weight, key_weight = self.q_layernorm.weight, self.k_layernorm.weight
+        weight_hd = torch.cat((query_weight.expand(num_queries, -1), key_weight[None]))
+        normed = F.rms_norm(
+            query_key_N1ghd.float(), (head_size,), eps=self.config.layernorm_epsilon
+        )
+        return (normed * weight_hd).to(query_key_N1ghd.dtype)
 
     def _flash_attention(self, query_N1hd: Tensor, cache: PagedKVCache) -> Tensor:
         """By Megatron's own call of flash-attention, which reads the pages; [N, 1, h, d]."""
