@@ -125,6 +125,8 @@ def verify(options: argparse.Namespace) -> None:
     config = read_hf_config(options.source)
     check_layout(config, layout.tp_size, layout.pp_size)
     tokenizer = check_tokenizer_fits(options.source, config.vocab_size)
+    if options.new_tokens < 0:
+        raise ValueError(f"--new-tokens {options.new_tokens}: must not be negative")
     prompts = read_prompts(options.prompts)
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
     longest = max(map(len, prompt_ids)) + options.new_tokens

@@ -67,13 +67,18 @@ def statuses(source: Path) -> dict[str, list[int]]:
         "prompts": (*common, "--prompts", str(prompts)),
         "wrong": (*common, "--megatron", str(source.parent / "wrong")),
         "too long": (*common[:-1], "60"),
+        "negative": (*common[:-1], "-1"),
     }
     ranks = run_distributed(_verify_all, 4, list(cases.values()))
     return dict(zip(cases, map(list, zip(*ranks, strict=True)), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("case", "status"), [("hf", 0), ("megatron", 0), ("prompts", 0), ("wrong", 1), ("too long", 2)]
+    ("case", "status"),
+    [
+        *[("hf", 0), ("megatron", 0), ("prompts", 0)],
+        *[("wrong", 1), ("too long", 2), ("negative", 2)],
+    ],
 )
 def test_exit_status(statuses: dict[str, list[int]], case: str, status: int) -> None:
     assert statuses[case] == [status] * 4

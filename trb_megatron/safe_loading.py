@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,12 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
-class _NamesUnpickler(pickle.Unpickler):
-    """An unpickler for files that need only some names, and data types of torch."""
-
-    def __init__(self, data: bytes, names: Mapping[str, set[str]]) -> None:
-        super().__init__(io.BytesIO(data))
-        self._names = names
+class _IndexUnpickler(pickle.Unpickler):
+    """Refuses every name but those that an index needs, and data types of torch."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self._names.get(module, ()):
+        if is_dtype or name in _INDEX_NAMES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"refused, it asks for {module}.{name}")
 
@@ -64,7 +60,7 @@ def read_index(checkpoint: Path) -> Metadata:
     """
     file = checkpoint / INDEX_FILE
     try:
-        index = _NamesUnpickler(file.read_bytes(), _INDEX_NAMES).load()
+        index = _IndexUnpickler(io.BytesIO(file.read_bytes())).load()
         data_files = {info.relative_path for info in index.storage_data.values()}
     except Exception as error:  # a damaged pickle raises anything
         raise CheckpointError(f"{file}: corrupt ({error})") from error
