@@ -76,6 +76,12 @@ class Job:
             process.kill()
             process.join()
 
+    def signal_all(self, number: signal.Signals) -> None:
+        """Send a signal to the ranks and all processes that they have started."""
+        for process in self._ranks:
+            assert process.pid is not None
+            os.killpg(process.pid, number)
+
     def finish(self) -> None:
         """Wait until all ranks have ended well."""
         assert self.wait() == [0] * WORLD_SIZE, self.output()

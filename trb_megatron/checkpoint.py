@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import pickle
+import queue
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +24,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import common
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -220,7 +220,9 @@ def _kept_in_megatron(failure: SharedFailure) -> Iterator[None]:
     """Let the ranks stay together in `dist_checkpointing.save` when one of them cannot write.
 
     Between its collectives it writes files, some on rank 0 alone. An exception there would leave
-    the other ranks waiting, so it is kept for later.
+    the other ranks waiting, so it is kept for later. For the same reason the writers report to a
+    queue of this process: Megatron's own is a process more, which stays for all saves to come, and
+    which a signal to all processes of the job ends.
     """
 
     def keep(write: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,13 +233,14 @@ def _kept_in_megatron(failure: SharedFailure) -> Iterator[None]:
 
         return keeping
 
-    def get_save_function(writer: FileSystemWriterAsync) -> tuple[Any, ...]:
+    def get_save_function(writer: filesystem_async.FileSystemWriterAsync) -> tuple[Any, ...]:
         write, *others = original_get(writer)
         return None if write is None else keep(write), *others
 
-    writer = FileSystemWriterAsync
+    writer = filesystem_async.FileSystemWriterAsync
     original_get = writer.get_save_function_and_args
-    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+    replaced: list[tuple[Any, str, Any]] = [
+        (filesystem_async, "_results_queue", queue.SimpleQueue()),
         (writer, "get_save_function_and_args", get_save_function),  # the tensors
         (writer, "finish", keep(writer.finish)),  # .metadata
         (serialization, "save_config", keep(serialization.save_config)),  # metadata.json
@@ -247,12 +250,12 @@ def _kept_in_megatron(failure: SharedFailure) -> Iterator[None]:
         replaced.append((strategy, "save_common", keep(strategy.save_common)))
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
-        for owner, name, function in replaced:
-            setattr(owner, name, function)
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
         yield
     finally:
-        for owner, name, function in originals:
-            setattr(owner, name, function)
+        for owner, name, value in originals:
+            setattr(owner, name, value)
 
 
 def _remove_old(run_dir: Path, keep: int) -> None:

@@ -172,7 +172,7 @@ class PagedSelfAttention(SelfAttention):
         groups, head_size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         heads_N1ghd = projected.view(*projected.shape[:2], groups, -1, head_size)
         query_key, value = heads_N1ghd.split((heads_N1ghd.shape[3] - 1, 1), dim=3)
-        if self.q_layernorm is not None:
+        if self.config.qk_layernorm:
             query_key = self._norm_heads(query_key)
         return query_key, value
 

@@ -27,6 +27,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self._signal: str | None = None
+        self._agreed: str | None = None
         file = os.environ.get(STOP_FILE_VARIABLE)
         self._file = Path(file) if file else None
 
@@ -49,14 +50,18 @@ class StopRequests:
     def agree(self) -> str | None:
         """Why the run shall end now, the same on all ranks; None to go on.
 
-        An all-gather over the world. Rank 0 alone looks for the file.
+        An all-gather over the world, unless they have agreed to end before. Rank 0 alone looks for
+        the file.
         """
+        if self._agreed is not None:
+            return self._agreed
         reason = self._signal
         if reason is None and dist.get_rank() == 0 and self._file and self._file.exists():
             reason = str(self._file)
         reasons: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(reasons, reason)
-        return next((found for found in reasons if found is not None), None)
+        self._agreed = next((found for found in reasons if found is not None), None)
+        return self._agreed
 
     def confirm(self, message: str) -> None:
         """Write a line into the stop file, if one is named; on rank 0 only.

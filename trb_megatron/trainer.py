@@ -201,13 +201,17 @@ class Trainer:
         is_last = self.step == config.training.steps
         is_periodic = self.step % config.evaluation.every == 0
         self.evaluation_is_due = config.evaluation.at_end if is_last else is_periodic
-        stop_reason = None if is_last else stop_requests.agree()
-        if self.evaluation_is_due and not stop_reason:
+
+        def stop_reason() -> str | None:
+            return None if is_last else stop_requests.agree()
+
+        if self.evaluation_is_due and not stop_reason():
             metrics |= self._evaluate(log)
         log.record(self.step, metrics)
-        if self.step % config.checkpoint.every == 0 or is_last or stop_reason:
+        if self.step % config.checkpoint.every == 0 or is_last or stop_reason():
             self._save()
-        return stop_reason
+            return stop_reason()
+        return None
 
     def train_step(self) -> dict[str, float]:
         """Do one step and return its metrics; stages as in the module docstring."""
