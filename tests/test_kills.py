@@ -56,6 +56,7 @@ def _wait_for_moment(
         "export": STEPS,
     }.get(phase, moment.randrange(STEPS))
     job.wait_until(lambda: job.mark(rank) == (phase, step))
+    seconds = expected.job.seconds(phase, step)
     if phase in ("save", "export"):  # measured by what is there, since it takes how long it likes
         name, last = (
             ("hf", "hf")
@@ -63,13 +64,13 @@ def _wait_for_moment(
             else (f"checkpoints/step_{step}", f"checkpoints/step_{STEPS}")
         )
         target, partial = run_dir / name, run_dir / f"{name}.partial"
-        num_files = moment.randint(0, len(os.listdir(expected.run_dir / last)) + 1)
+        all_files = len(os.listdir(expected.run_dir / last))
+        num_files = moment.randint(0, all_files + 1)
         job.wait_until(
             lambda: target.exists() or (partial.exists() and len(os.listdir(partial)) >= num_files)
         )
-        time.sleep(moment.uniform(0, 0.01))
-    else:
-        time.sleep(moment.uniform(0, expected.job.seconds(phase, step)))
+        seconds = min(0.01, seconds / (all_files + 1))  # until about the next file
+    time.sleep(moment.uniform(0, seconds))
     return rank
 
 
