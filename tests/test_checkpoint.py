@@ -196,19 +196,33 @@ def test_run_resumes_at_another_layout(
         assert row["optim/grad_norm"] == pytest.approx(reference["optim/grad_norm"], rel=1e-4)
 
 
-def _fail_to_save(config_file: Path, options: tuple[str, ...]) -> str:
-    """Train one step of a run and fail to save it; the message of the failure."""
+def _fail_to_save(config_file: Path, options: tuple[str, ...]) -> list[str]:
+    """Train one step of a run and fail to save it, on all ranks and on the one that has to write.
+
+    Returns:
+        The messages of both failures.
+    """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    get_write = FileSystemWriterAsync.get_save_function_and_args
+    fail = mock.Mock(side_effect=OSError(28, "No space left on device"))
+
+    def get_failing_write(writer: FileSystemWriterAsync) -> tuple[Any, ...]:
+        write, *others = get_write(writer)
+        return None if write is None else fail, *others
 
     trainer = make_trainer(config_file, options)
     trainer.train_step()
-    full_disk = OSError(28, "No space left on device")
-    with (
-        mock.patch.object(dist_checkpointing, "save", side_effect=full_disk),
-        pytest.raises(RunFolderError) as caught,
+    messages = []
+    for owner, name, failing in (
+        (dist_checkpointing, "save", fail),
+        (FileSystemWriterAsync, get_write.__name__, get_failing_write),
     ):
-        trainer._save()
-    return str(caught.value)
+        with mock.patch.object(owner, name, failing), pytest.raises(RunFolderError) as caught:
+            trainer._save()
+        messages.append(str(caught.value))
+    return messages
 
 
 def test_failed_save_leaves_the_last_checkpoint_and_names_it(
@@ -219,7 +233,7 @@ def test_failed_save_leaves_the_last_checkpoint_and_names_it(
     messages = run_distributed(
         _fail_to_save, WORLD_SIZE, config_file, options, start_method="forkserver"
     )
-    for message in messages:
+    for message in itertools.chain(*messages):
         assert "step_7: could not be written (rank 0: No space left on device)" in message
         assert f"the last good checkpoint is {undisturbed}/checkpoints/step_6" in message
     assert find_checkpoints(undisturbed) == before
