@@ -4,6 +4,7 @@
 # make test-gpu     run the tests that need a GPU
 # make test-newest  run those that touch Megatron with its newest supported version, in .venv-newest
 # make test-slurm   run jobs on a SLURM cluster of this machine's own (as root: installs SLURM by apt-get)
+# make test-mutants plant one mistake at a time in a copy of the code; tests must notice each
 # make lint         check style and types, the Dockerfile and the shell scripts
 #
 # Each target first creates .venv and installs into it, unless that is done. Options:
@@ -18,7 +19,7 @@ RUN := $(VENV)/bin/python
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-gpu test-newest run-newest test-slurm lint install
+.PHONY: demo test test-slow test-gpu test-newest run-newest test-slurm test-mutants lint install
 
 demo: install
 	$(RUN) launch/demo.py
@@ -59,6 +60,9 @@ run-newest: install
 
 test-slurm: install
 	$(RUN) -m pytest -m slurm -rs tests
+
+test-mutants: install
+	$(RUN) -m tests.mutants --check-clean
 
 lint: install
 	$(RUN) -m ruff check .

@@ -27,7 +27,7 @@ from trb_megatron.checksums import write_sums
 from trb_megatron.hf_checkpoint import INDEX_FILE as HF_INDEX_FILE
 from trb_megatron.hf_checkpoint import CheckpointError, HFTensors
 from trb_megatron.megatron_tensors import DTYPES_FILE, read_hf_dtypes
-from trb_megatron.safe_loading import INDEX_FILE, read_index
+from trb_megatron.safe_loading import INDEX_FILE, no_code_from, read_index
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("trb_megatron", "checkpoints_tools")
@@ -321,6 +321,20 @@ def test_conversion_tools_run_nothing_of_an_index(
     output = capsys.readouterr()
     assert "refused, it asks for posix.mkdir" in output.out + output.err
     assert not (tmp_path / "mark").exists()
+
+
+def test_object_between_the_tensors_runs_nothing(tmp_path: Path) -> None:
+    """Torch itself loads such objects with `weights_only=False`."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    folder, mark = tmp_path / "checkpoint", tmp_path / "mark"
+    dcp.save({"a": torch.zeros(2), "b": Payload(mark)}, checkpoint_id=folder, no_dist=True)
+    with no_code_from(folder), pytest.raises(CheckpointException, match="mkdir"):
+        dcp.load({"a": torch.ones(2), "b": None}, checkpoint_id=folder, no_dist=True)
+    assert not mark.exists()
+    dcp.load({"a": torch.ones(2), "b": None}, checkpoint_id=folder, no_dist=True)
+    assert mark.exists()  # else the test proves nothing
 
 
 def test_data_files_lie_in_the_checkpoint(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def _run_all(config_file: Path) -> dict[str, Any]:
         (folder / "stop").touch()
         _run(config_file, stopped, stop_in_step=None)
         seen["file"] = _look_at(stopped)
+        seen["content of the file"] = (folder / "stop").read_text()
     _run(config_file, stopped, stop_in_step=None)
     return seen
 
@@ -109,6 +110,15 @@ def test_stop_request_finishes_the_step_and_saves(seen: dict[str, Any]) -> None:
     }
     assert seen["file"]["checkpoint"] == "step_4"
     assert seen["file"]["evaluation is due"]
+
+
+def test_stop_file_says_that_the_run_has_steps_left(
+    config_file: Path, seen: dict[str, Any]
+) -> None:
+    """The batch script reads it to know whether to start the run again (`launch/train.sbatch`)."""
+    assert seen["content of the file"].startswith(
+        f"stopped by {config_file.parent}/stop after step 4 of {STEPS};"
+    )
 
 
 def test_stopped_run_ends_as_if_never_stopped(config_file: Path, seen: dict[str, Any]) -> None:
