@@ -11,6 +11,7 @@
 #   PYTHON=python3.12   the interpreter to build .venv with
 #   VENV=path           another place for the environment
 #   TORCH=torch==2.9.0  the torch to install where there is none
+#   WORKERS=2           processes that run tests side by side
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -19,16 +20,20 @@ RUN := $(VENV)/bin/python
 
 export OMP_NUM_THREADS ?= 1
 
+# Tests run in so many processes, each of which starts ranks of its own.
+WORKERS ?= 2
+PARALLEL := --numprocesses $(WORKERS) --no-loadscope-reorder
+
 .PHONY: demo test test-slow test-gpu test-newest run-newest test-slurm test-mutants lint install
 
 demo: install
 	$(RUN) launch/demo.py
 
 test: install
-	$(RUN) -m pytest -m "not slow and not gpu and not multi_gpu" tests
+	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu and not multi_gpu" tests
 
 test-slow: install
-	$(RUN) -m pytest -m "not gpu and not multi_gpu" tests
+	$(RUN) -m pytest $(PARALLEL) -m "not gpu and not multi_gpu" tests
 
 test-gpu: install
 	$(RUN) -m pytest -m "gpu or multi_gpu" tests
@@ -37,8 +42,8 @@ test-gpu: install
 # tests with the versions that the default Python gets.
 NEWEST_PYTHON ?= 3.12
 NEWEST_MEGATRON ?= 0.19
-NEWEST_TESTS := $(addprefix tests/test_,models.py families.py hf_weights.py engine.py rollout.py \
-    gradients.py optimizer.py trainer.py checkpoint.py security.py)
+NEWEST_TESTS := tests/models tests/rollout/test_engine.py tests/rollout/test_rollout.py tests/update \
+    tests/checkpoint tests/test_trainer.py tests/test_security.py
 CHECK_NEWEST := import sys; from importlib.metadata import version; \
     from platform import python_version as python; megatron = version("megatron-core"); \
     print("Python", python(), "torch", version("torch"), "megatron-core", megatron); \
@@ -56,7 +61,7 @@ test-newest:
 
 run-newest: install
 	$(RUN) -c '$(CHECK_NEWEST)'
-	$(RUN) -m pytest -m "not slow and not gpu and not multi_gpu" $(NEWEST_TESTS)
+	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu and not multi_gpu" $(NEWEST_TESTS)
 
 test-slurm: install
 	$(RUN) -m pytest -m slurm -rs tests

@@ -2,10 +2,11 @@
 
     python -m benchmarks.communication      (from the root of the repository; needs no GPU)
 
-Prints the tables of "Communication per step" in launch/README.md. Each formula gives the bytes that
-one rank sends (and receives) in a ring: of n ranks, each sends (n - 1) times what it contributes to
-an all-gather, (n - 1) / n of what a reduce-scatter adds up, and twice that in an all-reduce.
-`tests/test_communication.py` compares the formulas with what real ranks send.
+Prints the tables of "Communication per step" in the documentation. Each formula gives the bytes
+that one rank sends (and receives) in a ring: of n ranks, each sends (n - 1) times what it
+contributes to an all-gather, (n - 1) / n of what a reduce-scatter adds up, and twice that in an
+all-reduce.
+`tests/distributed/test_communication.py` compares the formulas with what real ranks send.
 """
 
 from collections.abc import Iterator
@@ -26,8 +27,8 @@ BF16, FP32, FP64, INT64 = 2, 4, 8, 8
 
 
 def blend_bytes(rows: int, evaluations: int, tp_size: int) -> int:
-    """The blend solver: 15 moments of each row, and 8 sums for each b that is tried on a row."""
-    return (tp_size - 1) * FP64 * (15 * rows + 8 * evaluations)
+    """The blend solver: 12 moments of each row, and 6 sums for each β that is tried on a row."""
+    return (tp_size - 1) * FP64 * (12 * rows + 6 * evaluations)
 
 
 def draw_bytes(rows: int, rejected: int, tp_size: int) -> int:
@@ -146,7 +147,7 @@ class Setting:
         prompts: prompts of a replica; constant when the number of GPUs grows.
         positions: tokens that the teacher scores in a round.
         acceptance: chance that a proposal is accepted; the least at a budget of 0.01 nats.
-        evaluations: values of b that the solver tries on a row, on average (benchmarks/solver.py).
+        evaluations: values of β that the solver tries on a row, on average (benchmarks/solver.py).
         student_stops, teacher_stops: stop ids of the models.
     """
 

@@ -27,7 +27,9 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config
 
-from trb_megatron.hf_checkpoint import (
+from trb_megatron.huggingface.config import read_hf_config
+from trb_megatron.huggingface.param_mapping import stored_params
+from trb_megatron.huggingface.tensors import (
     HFTensors,
     ShardWriter,
     TensorInfo,
@@ -35,9 +37,7 @@ from trb_megatron.hf_checkpoint import (
     shard_name,
     write_index,
 )
-from trb_megatron.hf_config import read_hf_config
-from trb_megatron.hf_weights import expected_tensors
-from trb_megatron.param_mapping import stored_params
+from trb_megatron.models.weights import expected_tensors
 
 ALLOWANCE_BYTES = 512 * 10**6
 HIDDEN_SIZE, VOCAB_SIZE, LAYER_GIGABYTES = 2048, 151_936, 0.1007

@@ -23,7 +23,8 @@ from typing import Any
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from trb_megatron.config import Config, load_config
+from trb_megatron.config.options import Config
+from trb_megatron.config.reading import load_config
 from trb_megatron.train import dry_run
 
 WORLD_SIZES = (1, 8, 64, 512, 1024)

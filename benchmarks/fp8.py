@@ -23,9 +23,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.layouts import write_inputs
 from tests.tiny import CHARACTERS, SPECIAL_TOKENS, make_tokenizer
-from trb_megatron.config import ConfigError
-from trb_megatron.fp8 import check_platform
-from trb_megatron.models import fp8_platform
+from trb_megatron.config.values import ConfigError
+from trb_megatron.models.build import fp8_platform
+from trb_megatron.models.fp8 import check_platform
 
 NUM_IDS, NUM_ROWS = 151_669, 151_936
 PHASES = ("rollout", "teacher", "train")

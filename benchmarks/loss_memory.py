@@ -14,8 +14,10 @@ import time
 import psutil
 import torch
 
-from trb_megatron.fused_loss import OutputLayer, fused_loss
-from trb_megatron.loss import LOSSES, LossOptions
+from trb_megatron.loss.fused import fused_loss
+from trb_megatron.loss.losses import LOSSES
+from trb_megatron.loss.rules import LossOptions
+from trb_megatron.loss.walk import FusedLossSettings, OutputLayer
 
 MB = 10**6
 
@@ -107,12 +109,14 @@ def _evaluate(
 ) -> None:
     if way == "chunked":
         output = fused_loss(
-            name,
+            FusedLossSettings(
+                loss=LOSSES[name],
+                options=LossOptions(top_k=16, temperature=1.0, jsd_weight=0.5, veto_coef=0.0),
+                workspace_bytes=workspace_bytes,
+            ),
             OutputLayer(hidden[0], weights[0]),
             OutputLayer(hidden[1], weights[1]),
-            options=LossOptions(),
             weight_grad_UH=grad,
-            workspace_bytes=workspace_bytes,
         )
         output.loss_sum.backward()
         return

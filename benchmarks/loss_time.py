@@ -17,8 +17,10 @@ from collections.abc import Callable
 
 import torch
 
-from trb_megatron.fused_loss import OutputLayer, fused_loss
-from trb_megatron.loss import LOSSES, LossOptions
+from trb_megatron.loss.fused import fused_loss
+from trb_megatron.loss.losses import LOSSES
+from trb_megatron.loss.rules import LossOptions
+from trb_megatron.loss.walk import FusedLossSettings, OutputLayer
 
 
 def main() -> None:
@@ -62,17 +64,16 @@ def measure(name: str, hidden_size: int, options: argparse.Namespace) -> tuple[i
     )
     student.hidden_NH.requires_grad_()
     weight_grad_UH = torch.zeros_like(student.weight_UH, dtype=torch.float32)
+    settings = FusedLossSettings(
+        loss=LOSSES[name],
+        options=LossOptions(top_k=16, temperature=1.0, jsd_weight=0.5, veto_coef=0.0),
+        workspace_bytes=options.workspace_mb * 10**6,
+    )
     sampled_ids = torch.zeros(options.tokens, dtype=torch.long, device=device)
 
     def run_loss() -> None:
         output = fused_loss(
-            name,
-            student,
-            teacher,
-            options=LossOptions(),
-            sampled_ids=sampled_ids,
-            weight_grad_UH=weight_grad_UH,
-            workspace_bytes=options.workspace_mb * 10**6,
+            settings, student, teacher, sampled_ids=sampled_ids, weight_grad_UH=weight_grad_UH
         )
         torch.autograd.grad(output.loss_sum, student.hidden_NH)
 

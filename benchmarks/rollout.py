@@ -17,16 +17,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trb_megatron import distributed
-from trb_megatron.config import ParallelConfig, RolloutConfig
-from trb_megatron.distributed import ParallelLayout
-from trb_megatron.hf_config import read_hf_config
-from trb_megatron.stop_alignment import StopAlignment
+from trb_megatron.behavior.stop_alignment import StopAlignment
+from trb_megatron.config.options import ParallelConfig, RolloutConfig
+from trb_megatron.distributed.layout import ParallelLayout, initialize, is_rank_zero, shutdown
+from trb_megatron.huggingface.config import read_hf_config
 
 VOCAB_SIZE = 4096
 STOP_ID = VOCAB_SIZE - 1
@@ -46,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    layout = distributed.initialize(ParallelConfig(tensor_model_parallel_size=num_ranks))
+    layout = initialize(ParallelConfig(tensor_model_parallel_size=num_ranks))
     with tempfile.TemporaryDirectory() as own_folder:
         shared = [own_folder]
         torch.distributed.broadcast_object_list(shared, src=0)
@@ -58,11 +58,13 @@ def main() -> None:
         )
         torch.distributed.barrier()  # before rank 0 removes the folder
     rows = [
-        row
+        f"| {num_sequences} | {row}"
         for num_sequences in options.sequences
-        for row in measure(student, teacher, baseline, layout, num_sequences, options)
+        for row in measure(
+            Variants(student, teacher, layout, num_sequences, options), baseline, options
+        )
     ]
-    if distributed.is_rank_zero():
+    if is_rank_zero():
         print(
             f"\nTP {layout.tp_size}, teacher width {options.teacher_width}, budget "
             f"{options.kl_budget}, {options.response_tokens} tokens, "
@@ -74,7 +76,7 @@ def main() -> None:
         )
         print("|-|-|-|-|-|-|-|-|")
         print("\n".join(rows))
-    distributed.shutdown()
+    shutdown()
 
 
 def build_random_model(
@@ -83,8 +85,8 @@ def build_random_model(
     """A random Qwen3 model, saved by rank 0 of transformers' class and loaded as ours."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from trb_megatron.hf_weights import load_hf_weights
-    from trb_megatron.models import build_model
+    from trb_megatron.models.build import build_model
+    from trb_megatron.models.weights import load_hf_weights
 
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -115,57 +117,81 @@ def load_baseline(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def measure(
-    student: torch.nn.Module,
-    teacher: torch.nn.Module,
-    baseline: Any,
-    layout: ParallelLayout,
-    num_sequences: int,
-    options: argparse.Namespace,
-) -> list[str]:
-    """Table rows of one number of sequences; the first variant is the yardstick."""
-    from trb_megatron.batch import build_microbatches
-    from trb_megatron.forward import forward_hidden
-    from trb_megatron.policies import BlendPolicy, Sampling, StudentPolicy
-    from trb_megatron.rollout import RolloutEngine
-    from trb_megatron.scheduler import Request
+class Variants:
+    """The ways to collect rollouts that are compared, for one number of sequences.
 
-    # No token ends a response, so that all variants do the same work.
-    sampling = Sampling(1.0, options.response_tokens, (), 0, 0, VOCAB_SIZE)
-    alignment = StopAlignment((STOP_ID,), (STOP_ID,))
-    blend = BlendPolicy(sampling, options.kl_budget, alignment, layout.tp_group)
-    torch.manual_seed(7)
-    prompts = torch.randint(0, STOP_ID, (num_sequences, PROMPT_TOKENS)).tolist()
-    requests = [Request(i, 0, tuple(ids)) for i, ids in enumerate(prompts)]
+    No token ends a response, so that all variants do the same work.
+    """
 
-    def build_engine(drafts: str) -> RolloutEngine:
-        draft_tokens = "auto" if drafts == "auto" else int(drafts)
-        config = RolloutConfig(
-            max_sequences=num_sequences,
-            draft_tokens=draft_tokens,
-            page_tokens=options.page_tokens,
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        teacher: torch.nn.Module,
+        layout: ParallelLayout,
+        num_sequences: int,
+        options: argparse.Namespace,
+    ) -> None:
+        from trb_megatron.behavior.policies import BlendPolicy, StudentPolicy
+        from trb_megatron.rollout.sequences import Request, ResponseSpec
+
+        self._models = student, teacher
+        self._layout = layout
+        self._options = options
+        self._spec = ResponseSpec(
+            max_response_tokens=options.response_tokens, stop_ids=(), seed=0, step=0
         )
-        engine = RolloutEngine(student, teacher, layout, config)
+        shared: Any = {"temperature": 1.0, "num_valid": VOCAB_SIZE, "tp_group": layout.tp_group}
+        alignment = StopAlignment((STOP_ID,), (STOP_ID,))
+        self._blend = BlendPolicy(kl_budget=options.kl_budget, alignment=alignment, **shared)
+        self._student_alone = StudentPolicy(alignment=None, **shared)
+        torch.manual_seed(7)
+        self._prompts = torch.randint(0, STOP_ID, (num_sequences, PROMPT_TOKENS)).tolist()
+        self._requests = [Request(i, 0, tuple(ids)) for i, ids in enumerate(self._prompts)]
+        self._engines = {drafts: self._build_engine(drafts) for drafts in options.drafts}
+
+    def _build_engine(self, drafts: str) -> Any:
+        from trb_megatron.rollout.engine import RolloutEngine
+
+        config = RolloutConfig(
+            max_sequences=len(self._requests),
+            draft_tokens="auto" if drafts == "auto" else int(drafts),
+            page_tokens=self._options.page_tokens,
+        )
+        engine = RolloutEngine(*self._models, self._layout, config)
         if drafts == "auto":
-            engine.draft_costs = engine.measure_draft_costs(blend, sampling)
+            engine.draft_costs = engine.measure_draft_costs(self._blend, self._spec)
         return engine
 
-    engines = {drafts: build_engine(drafts) for drafts in options.drafts}
+    def blended(self) -> dict[str, Callable[[], Any]]:
+        """Rollouts of the blend by draft length; the first is the yardstick."""
+        return {
+            "token by token" if drafts == "0" else f"{drafts} drafts": partial(
+                engine.generate, self._requests, self._blend, self._spec
+            )
+            for drafts, engine in self._engines.items()
+        }
 
-    def roll_out_student() -> list:
-        policy = StudentPolicy(sampling, layout.tp_group)
-        return engines[options.drafts[0]].generate(requests, policy, sampling)
+    def student_alone(self) -> list:
+        """Rollouts of the student."""
+        engine = self._engines[self._options.drafts[0]]
+        return engine.generate(self._requests, self._student_alone, self._spec)
 
-    def collect_vanilla() -> list:
-        rollouts = roll_out_student()
-        for hidden_NH in forward_hidden(teacher, build_microbatches(rollouts, 8192, layout.device)):
+    def vanilla(self) -> list:
+        """Rollouts of the student, and a batched pass of the teacher over them."""
+        from trb_megatron.batch import build_microbatches
+        from trb_megatron.models.forward import forward_hidden
+
+        rollouts, (_, teacher) = self.student_alone(), self._models
+        microbatches = build_microbatches(rollouts, 8192, self._layout.device)
+        for hidden_NH in forward_hidden(teacher, microbatches):
             teacher.project(hidden_NH)
         return rollouts
 
     @torch.no_grad()
-    def generate_baseline() -> list:
-        prompt_ids = torch.tensor(prompts)
-        count = options.response_tokens
+    def transformers(self, baseline: Any) -> list:
+        """Rollouts of the student by `generate` of transformers."""
+        prompt_ids = torch.tensor(self._prompts)
+        count = self._options.response_tokens
         return baseline.generate(
             prompt_ids,
             attention_mask=torch.ones_like(prompt_ids),
@@ -176,39 +202,36 @@ def measure(
             pad_token_id=0,
         )
 
-    variants: dict[str, Callable[[], Any]] = {
-        "token by token" if drafts == "0" else f"{drafts} drafts": (
-            lambda engine=engine: engine.generate(requests, blend, sampling)
-        )
-        for drafts, engine in engines.items()
-    }
-    blended = list(variants)
-    variants["vanilla"] = collect_vanilla
+
+def measure(variants: Variants, baseline: Any, options: argparse.Namespace) -> list[str]:
+    """Table rows of one number of sequences, without that number."""
+    blended = variants.blended()
+    everything = {**blended, "vanilla": variants.vanilla}
     if baseline is not None:
-        variants["student alone"] = roll_out_student
-        variants["transformers"] = generate_baseline
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    rollouts = {name: variant() for name, variant in variants.items()}  # warm up
+        everything["student alone"] = variants.student_alone
+        everything["transformers"] = partial(variants.transformers, baseline)
+    seconds: dict[str, list[float]] = {name: [] for name in everything}
+    rollouts = {name: variant() for name, variant in everything.items()}  # warm up
     for _ in range(options.repetitions):
-        for name, variant in variants.items():
+        for name, variant in everything.items():
             torch.distributed.barrier()
             started = time.perf_counter()
             variant()
             seconds[name].append(time.perf_counter() - started)
-    tokens = {name: [r.response_ids for r in rollouts[name]] for name in blended}
-    assert all(tokens[name] == tokens[blended[0]] for name in blended), "drafts changed the tokens"
-    yardstick = statistics.median(seconds[blended[0]])
+    tokens = [[r.response_ids for r in rollouts[name]] for name in blended]
+    assert all(other == tokens[0] for other in tokens), "drafts changed the tokens"
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    yardstick = medians[next(iter(blended))]
     details = {name: describe(rollouts[name], name, options) for name in blended}
     return [
-        f"| {num_sequences} | {name} | {statistics.median(times):.2f} | "
-        f"{yardstick / statistics.median(times):.2f} | {details.get(name, '- | - | - | -')} |"
-        for name, times in seconds.items()
+        f"{name} | {median:.2f} | {yardstick / median:.2f} | {details.get(name, '- | - | - | -')} |"
+        for name, median in medians.items()
     ]
 
 
 def describe(rollouts: list, name: str, options: argparse.Namespace) -> str:
     """Teacher calls per token, as counted and as predicted, acceptance, and use of the budget."""
-    from trb_megatron.drafting import expected_tokens
+    from trb_megatron.rollout.drafting import expected_tokens
 
     num_tokens = sum(len(r.response_ids) for r in rollouts)
     calls = sum(r.teacher_calls for r in rollouts) / num_tokens

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/solver.py     (vocabulary-parallel)
 
 Random models in fp32 on one thread per rank; the budget is active in every row that is counted as
-open. Bisection halves the bracket of b until the KL is within the solver's own tolerance of the
+open. Bisection halves the bracket of β until the KL is within the solver's own tolerance of the
 budget, and drops rows as they get there; the ratio is that of medians over repetitions that
 alternate between the two, because the machine is shared. Memory is the peak of the process (of the
 CUDA allocator on a GPU) during one `solve_behavior`, above what the process held before, in units
@@ -22,8 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trb_megatron import blending
-from trb_megatron.blending import Behavior, solve_behavior
+from trb_megatron.behavior.moments import Block, OpenRows, Pair, evaluate, gather_pair
+from trb_megatron.behavior.solver import Behavior, solve_behavior
+
+RELATIVE_TOLERANCE = 1e-5
+"""The solver's: a row's KL ends between (1 - 2 * this) * budget and the budget."""
 
 
 def main() -> None:
@@ -53,8 +56,8 @@ def main() -> None:
     for _ in range(options.repetitions):
         for name, function in (("solver", solve), ("bisection", bisect)):
             seconds[name].append(measure_seconds(function, group))
-    behavior, (coef_N, passes_N) = solve(), bisect()
-    difference = (behavior.blend_coef / coef_N - 1).abs().max().item()
+    behavior, (blend_coef_N, passes_N) = solve(), bisect()
+    difference = (behavior.blend_coef / blend_coef_N - 1).abs().max().item()
     passes = {"solver": count_passes(solve, options.rows), "bisection": passes_N}
     if group is None or dist.get_rank() == 0:
         shard = student_NU.nbytes
@@ -62,7 +65,7 @@ def main() -> None:
         print(
             f"\n{options.rows} rows x {options.columns} columns on {num_ranks} ranks, budget "
             f"{options.kl_budget}, {num_open} rows open, medians of {options.repetitions}; "
-            f"coefficients differ by at most {difference:.1e}\n"
+            f"β differs by at most {difference:.1e} of itself\n"
         )
         print("| | seconds | speed-up | passes, mean | passes, most | peak memory / input shard |")
         print("|-|-|-|-|-|-|")
@@ -88,23 +91,21 @@ def build_logits(num_rows: int, width: int) -> tuple[Tensor, Tensor]:
 def solve_by_bisection(
     student_NU: Tensor, teacher_NU: Tensor, kl_budget: float, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """b and the passes over the logits of each row, both [N], to the solver's tolerance."""
-    pair = blending._gather_pair(student_NU, teacher_NU, group)
+    """β and the passes over the logits of each row, both [N], to the solver's tolerance."""
+    pair = gather_pair(student_NU, teacher_NU, group)
     is_teacher_N = pair.kl_teacher_student_N <= kl_budget
     low_N, high_N = is_teacher_N.double(), torch.ones_like(pair.center_N)
     passes_N = torch.ones_like(is_teacher_N, dtype=torch.long)
     rows_M = (~is_teacher_N).nonzero()[:, 0]
     while len(rows_M) > 0:
         middle_M = ((low_N[rows_M] + high_N[rows_M]) / 2).float().double()
-        open_rows = blending._OpenRows(rows_M, rows_M[:0])
-        found = blending._evaluate(open_rows, middle_M[:, None], pair, group)
+        open_rows = OpenRows(rows_M, rows_M[:0])
+        found = evaluate(open_rows, middle_M[:, None], pair, group)
         passes_N[rows_M] += 1
         kl_M = found.kl[:, 0]
         low_N[rows_M] = torch.where(kl_M <= kl_budget, middle_M, low_N[rows_M])
         high_N[rows_M] = torch.where(kl_M <= kl_budget, high_N[rows_M], middle_M)
-        is_close_M = (kl_M <= kl_budget) & (
-            kl_M >= kl_budget * (1 - 2 * blending._RELATIVE_TOLERANCE)
-        )
+        is_close_M = (kl_M <= kl_budget) & (kl_M >= kl_budget * (1 - 2 * RELATIVE_TOLERANCE))
         is_narrow_M = high_N[rows_M] - low_N[rows_M] <= 1.2e-7 * high_N[rows_M]
         rows_M = rows_M[~(is_close_M | is_narrow_M)]
     return low_N.float(), passes_N
@@ -113,17 +114,17 @@ def solve_by_bisection(
 def count_passes(solve: Callable[[], Behavior], num_rows: int) -> Tensor:
     """How often the logits of each row are read, [N]."""
     passes_N = torch.ones(num_rows, dtype=torch.long)
-    load = blending._Block.load
+    load = Block.load
 
-    def count(pair: blending._Pair, rows_M: Tensor, dtype: torch.dtype) -> blending._Block:
+    def count(pair: Pair, rows_M: Tensor, dtype: torch.dtype) -> Block:
         passes_N[rows_M.cpu()] += 1
         return load(pair, rows_M, dtype)
 
-    blending._Block.load = count  # type: ignore[method-assign]
+    Block.load = count  # type: ignore[method-assign]
     try:
         solve()
     finally:
-        blending._Block.load = load  # type: ignore[method-assign]
+        Block.load = load  # type: ignore[method-assign]
     return passes_N
 
 

@@ -58,20 +58,23 @@ def write_models(folder: Path) -> Path:
 def measure(trainer: Any, num_tokens: int) -> tuple[float, float]:
     """Peak in MB of forward and backward over responses of `num_tokens` in all, and seconds."""
     from trb_megatron.batch import Rollout, build_microbatches
+    from trb_megatron.rollout.step_settings import policy_at
 
     ids = torch.randint(3, NUM_IDS, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     rollouts = [
         Rollout(index, 0, (5, 6), tuple(ids), stopped=False) for index in range(num_tokens // 64)
     ]
-    microbatches = trainer._add_teacher_hidden(
-        build_microbatches(rollouts, 10**6, trainer.layout.device)
+    policy = policy_at(
+        trainer.config.behavior.warmup_steps, trainer.config, trainer.sources, trainer.layout
     )
-    trainer._forward_backward(
-        trainer._add_teacher_hidden(build_microbatches(rollouts[:1], 10**6, trainer.layout.device))
+    packed, one = (
+        trainer.teacher(build_microbatches(some, 10**6, trainer.layout.device), policy)
+        for some in (rollouts, rollouts[:1])
     )
+    trainer.gradients(one)
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present resident set
     before, started = resident_bytes("VmRSS"), time.perf_counter()
-    trainer._forward_backward(microbatches)
+    trainer.gradients(packed)
     return (resident_bytes("VmHWM") - before) / MB, time.perf_counter() - started
 
 

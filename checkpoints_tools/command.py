@@ -1,4 +1,4 @@
-"""What the commands that convert checkpoints have in common."""
+"""The options and messages that all commands for checkpoints share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trb_megatron import distributed  # noqa: F401  (silences Megatron's import warnings)
-from trb_megatron.param_mapping import MappedParam, Shape
+import trb_megatron.distributed.layout  # noqa: F401  (silences Megatron's import warnings)
+from trb_megatron.huggingface.kinds import Shape
+from trb_megatron.huggingface.param_mapping import MappedParam
 
 # Buffers, the metadata of all tensors, and what the allocator holds back.
 _OVERHEAD_BYTES = 128 * 2**20

@@ -26,13 +26,14 @@ from checkpoints_tools.command import (
     run,
 )
 from trb_megatron.atomic_folder import new_folder
-from trb_megatron.checksums import write_sums
-from trb_megatron.hf_checkpoint import CheckpointError, HFTensors
-from trb_megatron.hf_config import check_layout, padded_vocab_size, read_hf_config
-from trb_megatron.hf_weights import expected_tensors
-from trb_megatron.megatron_tensors import carry_hf_files, stored_dtypes, write_checkpoint
-from trb_megatron.param_mapping import stored_params
-from trb_megatron.tokenizer import check_tokenizer_fits
+from trb_megatron.checkpoint.checksums import write_sums
+from trb_megatron.checkpoint.megatron_tensors import carry_hf_files
+from trb_megatron.checkpoint.tensor_writer import stored_dtypes, write_checkpoint
+from trb_megatron.huggingface.config import check_layout, padded_vocab_size, read_hf_config
+from trb_megatron.huggingface.param_mapping import stored_params
+from trb_megatron.huggingface.tensors import CheckpointError, HFTensors
+from trb_megatron.huggingface.tokenizer import check_tokenizer_fits
+from trb_megatron.models.weights import expected_tensors
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,12 +21,12 @@ import torch
 
 from checkpoints_tools.command import num_bytes, run
 from checkpoints_tools.megatron_to_hf import find_source
-from trb_megatron.hf_checkpoint import HFTensors
-from trb_megatron.hf_config import HFModelConfig, read_hf_config
-from trb_megatron.hf_weights import expected_tensors
-from trb_megatron.megatron_tensors import HF_FOLDER, open_megatron_checkpoint
-from trb_megatron.param_mapping import Shape
-from trb_megatron.tokenizer import check_tokenizer_fits, stop_ids, tokenizer_size
+from trb_megatron.checkpoint.megatron_tensors import HF_FOLDER, open_megatron_checkpoint
+from trb_megatron.huggingface.config import HFModelConfig, read_hf_config
+from trb_megatron.huggingface.kinds import Shape
+from trb_megatron.huggingface.tensors import HFTensors
+from trb_megatron.huggingface.tokenizer import check_tokenizer_fits, stop_ids, tokenizer_size
+from trb_megatron.models.weights import expected_tensors
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,8 +25,13 @@ from checkpoints_tools.command import (
     run,
 )
 from trb_megatron.atomic_folder import new_folder
-from trb_megatron.checkpoint import find_checkpoint
-from trb_megatron.hf_checkpoint import (
+from trb_megatron.checkpoint.folders import find_checkpoint
+from trb_megatron.checkpoint.megatron_tensors import (
+    HF_FOLDER,
+    open_megatron_checkpoint,
+    read_hf_dtypes,
+)
+from trb_megatron.huggingface.tensors import (
     ShardWriter,
     TensorInfo,
     copy_side_files,
@@ -34,7 +39,6 @@ from trb_megatron.hf_checkpoint import (
     shard_name,
     write_index,
 )
-from trb_megatron.megatron_tensors import HF_FOLDER, open_megatron_checkpoint, read_hf_dtypes
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 

@@ -28,20 +28,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoints_tools.command import run
-from trb_megatron import distributed
 from trb_megatron.batch import Microbatch
-from trb_megatron.config import ParallelConfig
-from trb_megatron.distributed import ParallelLayout
-from trb_megatron.hf_config import (
+from trb_megatron.config.options import ParallelConfig
+from trb_megatron.distributed.layout import ParallelLayout, initialize, is_rank_zero, shutdown
+from trb_megatron.huggingface.config import (
     HFModelConfig,
     check_layout,
     padded_vocab_size,
     read_hf_config,
 )
-from trb_megatron.tokenizer import check_tokenizer_fits
+from trb_megatron.huggingface.tokenizer import check_tokenizer_fits
 
 if TYPE_CHECKING:
-    from trb_megatron.models import HiddenStateGPTModel
+    from trb_megatron.models.gpt import HiddenStateGPTModel
 
 DEFAULT_PROMPTS = (
     "The capital of France is",
@@ -111,7 +110,7 @@ def verify(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: a checkpoint, layout or prompt file that cannot be used.
     """
-    layout = distributed.initialize(
+    layout = initialize(
         ParallelConfig(
             tensor_model_parallel_size=options.tensor_parallel,
             pipeline_model_parallel_size=options.pipeline_parallel,
@@ -136,7 +135,7 @@ def verify(options: argparse.Namespace) -> None:
             f"most the {config.max_positions} positions of the model; the longest takes {longest}"
         )
     if options.dry_run:
-        if distributed.is_rank_zero():
+        if is_rank_zero():
             print(f"would compare {config.family} on {len(prompts)} prompts, {longest} tokens long")
         return
 
@@ -158,7 +157,7 @@ def verify(options: argparse.Namespace) -> None:
     holds = layout.is_leader and report(comparisons, options)
     verdict = [holds]
     dist.broadcast_object_list(verdict, src=leader)
-    distributed.shutdown()
+    shutdown()
     if not verdict[0]:
         sys.exit(1)
 
@@ -177,9 +176,9 @@ def load_megatron(
     options: argparse.Namespace, config: HFModelConfig, layout: ParallelLayout
 ) -> HiddenStateGPTModel:
     """The Megatron model on this rank, with the weights that the options name."""
-    from trb_megatron.hf_weights import fill_model, load_hf_weights
-    from trb_megatron.megatron_tensors import open_megatron_checkpoint
-    from trb_megatron.models import build_model
+    from trb_megatron.checkpoint.megatron_tensors import open_megatron_checkpoint
+    from trb_megatron.models.build import build_model
+    from trb_megatron.models.weights import fill_model, load_hf_weights
 
     vocab_size = padded_vocab_size([config.vocab_size], layout.tp_size)
     dtype = DTYPES[options.precision]
@@ -274,7 +273,7 @@ def forward_logits(
     Collective over the model replica; an all-gather over the tensor-parallel group joins the
     vocabulary shards, so that a rank holds the whole: for checks only.
     """
-    from trb_megatron.forward import forward_hidden
+    from trb_megatron.models.forward import forward_hidden
 
     num_tokens, multiple = len(token_ids), model.token_multiple
     padded = -(-num_tokens // multiple) * multiple

@@ -25,6 +25,41 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"needs {needed} CUDA device(s), found {torch.cuda.device_count()}")
 
 
+# Files that look at the probe run, then those that take longest: each group begins in this order.
+PROBE_FILES = (
+    "behavior/test_policies.py",
+    "models/test_hf_weights.py",
+    "models/test_models.py",
+    "plan/test_plan.py",
+    "rollout/test_rollout.py",
+    "test_trainer.py",
+)
+LONG_FILES = ("rollout/test_speculative_law.py", "job/test_supervision.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = [*PROBE_FILES, *LONG_FILES]
+    items.sort(key=lambda item: _place(item.nodeid, order))
+
+
+def _place(nodeid: str, order: list[str]) -> int:
+    file = nodeid.split("::")[0].removeprefix("tests/")
+    return order.index(file) if file in order else len(order)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under pytest-xdist, keep a file on one worker, and all files of the probe run on another."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0].removeprefix("tests/")
+            return "probe" if file in PROBE_FILES else file
+
+    return ByFile(config, log)
+
+
 def train_bpe() -> Tokenizer:
     """A byte-level BPE of a few hundred tokens with Qwen's special tokens."""
     tokenizer = Tokenizer(models.BPE())

@@ -10,16 +10,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import get_context
+from tests.ranks import get_context
 
 WORLD_SIZE = 2  # two data-parallel replicas share the optimizer state
 TIMEOUT_S = 300.0
 
 # Functions in which a rank is in a phase.
 PHASES = {
-    "Trainer._rollout": "rollout",
-    "Trainer._forward_backward": "update",
-    "Trainer._update": "update",
+    "Trainer.rollout": "rollout",
+    "Trainer.gradients": "update",
+    "Trainer.update": "update",
     "save_checkpoint": "save",
     "save_hf_checkpoint": "export",
 }
@@ -35,7 +35,7 @@ class Job:
     def __init__(self, config_file: Path, overrides: Sequence[str], folder: Path) -> None:
         folder.mkdir()
         self._folder = folder
-        context = get_context("forkserver")
+        context = get_context()
         self._marks = [folder / f"mark_{rank}" for rank in range(WORLD_SIZE)]
         self._ranks: list[BaseProcess] = []
         for rank in range(WORLD_SIZE):

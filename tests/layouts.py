@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed import run_distributed
+from tests.ranks import run_distributed
 from tests.runs import Holdings, measure_holdings
 from tests.tiny import IM_END, make_checkpoint, make_prompts
 
@@ -130,6 +130,22 @@ logging: {{tensorboard: false}}
     return folder / "config.yaml"
 
 
+def load_probe_prompts(path: Path, tokenizer: Any) -> tuple[Any, ...]:
+    """The prompts of the probe run, as its configuration reads them."""
+    from trb_megatron.prompts.records import Columns
+    from trb_megatron.prompts.source import PromptSource, load_prompts
+
+    source = PromptSource(
+        path=path,
+        format="jsonl",
+        columns=Columns("prompt", "answer", None),
+        system_prompt=None,
+        apply_chat_template=True,
+        max_prompt_tokens=48,
+    )
+    return load_prompts(source, tokenizer).prompts
+
+
 def probe(config_file: Path, layout: Layout) -> ProbeResult:
     """Run a layout on its own ranks."""
     results = run_distributed(_probe_rank, layout.world_size, config_file, layout, timeout_s=240)
@@ -146,18 +162,19 @@ def layout_overrides(layout: Layout) -> list[str]:
 
 
 def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
-    from trb_megatron import distributed
-    from trb_megatron.config import load_config
+    from trb_megatron.config.reading import load_config
+    from trb_megatron.distributed.layout import gather_from_leaders, initialize
 
     export = config_file.parent / f"run-{layout}"
     config = load_config(config_file, [f"run.dir={export}", *layout_overrides(layout)])
-    parallel = distributed.initialize(config.parallel)
+    parallel = initialize(config.parallel)
 
-    from trb_megatron.evaluate import start_reward_workers
+    from trb_megatron.evaluation.rewards import start_reward_workers
+    from trb_megatron.setup import set_up
     from trb_megatron.trainer import Trainer
 
     with start_reward_workers(config.rewards, parallel) as rewards:
-        trainer = Trainer(config, parallel, rewards)
+        trainer = Trainer(set_up(config, parallel, rewards))
         if layout.token_multiple is not None:
             trainer.models.teacher.token_multiple = layout.token_multiple
         logits = {
@@ -166,22 +183,18 @@ def _probe_rank(config_file: Path, layout: Layout) -> ProbeResult:
         }
         rollouts, preemptions = {}, {}
         for name in PROBE_POLICIES:
-            before = trainer.engine.num_preemptions
             rollouts[name] = _probe_rollouts(trainer, name)
-            preemptions[name] = trainer.engine.num_preemptions - before
-            preemptions[name] = sum(distributed.gather_from_leaders(preemptions[name], parallel))
+            preempted = gather_from_leaders(trainer.engine.counts.preemptions, parallel)
+            preemptions[name] = sum(preempted)
         metrics, teacher_calls = [], []
         for _ in range(STEPS):
-            before = trainer.engine.num_teacher_calls
             metrics.append(trainer.train_step())
-            calls = distributed.gather_from_leaders(
-                trainer.engine.num_teacher_calls - before, parallel
-            )
+            calls = gather_from_leaders(trainer.engine.counts.teacher_calls, parallel)
             teacher_calls.append(sum(calls))
         logits["trained"] = _probe_logits(trainer.models.student, trainer)
-        from trb_megatron.hf_weights import save_hf_checkpoint
+        from trb_megatron.models.weights import save_hf_checkpoint
 
-        save_hf_checkpoint(trainer.models.student, trainer.pair.student, parallel, export / "hf")
+        save_hf_checkpoint(trainer.models.student, trainer.sources.student, parallel, export / "hf")
         holdings = [measure_holdings(trainer)]
     return ProbeResult(
         logits, rollouts, metrics, preemptions, teacher_calls, export / "hf", holdings
@@ -195,8 +208,8 @@ def _prompt(trainer: Any, index: int) -> tuple[int, ...]:
 def _probe_logits(model: Any, trainer: Any) -> list[torch.Tensor]:
     """Full-vocabulary logits at the loss positions; only a test may gather them."""
     from trb_megatron.batch import Rollout, build_microbatch
-    from trb_megatron.distributed import gather_from_leaders
-    from trb_megatron.forward import forward_hidden
+    from trb_megatron.distributed.layout import gather_from_leaders
+    from trb_megatron.models.forward import forward_hidden
 
     layout = trainer.layout
     rollouts = [
@@ -219,35 +232,33 @@ def _probe_logits(model: Any, trainer: Any) -> list[torch.Tensor]:
 
 
 def _probe_rollouts(trainer: Any, policy_name: str) -> list[dict[str, Any]]:
-    from trb_megatron.distributed import gather_from_leaders
-    from trb_megatron.policies import (
+    from trb_megatron.behavior.policies import (
         BlendPolicy,
-        Sampling,
         SKDPolicy,
         StudentPolicy,
         TeacherPolicy,
     )
-    from trb_megatron.scheduler import Request
+    from trb_megatron.distributed.layout import gather_from_leaders
+    from trb_megatron.rollout.sequences import Request, ResponseSpec
 
     layout = trainer.layout
-    sampling = Sampling(
-        temperature=0.0 if policy_name == "greedy" else 1.0,
-        max_response_tokens=12,
-        stop_ids=trainer.pair.stop_ids,
-        seed=7,
-        step=0,
-        num_valid=trainer.pair.tokenizer_size,
-    )
-    alignment, group = trainer.pair.alignment, layout.tp_group
+    spec = ResponseSpec(max_response_tokens=12, stop_ids=trainer.sources.stop_ids, seed=7, step=0)
+    shared = {
+        "temperature": 1.0,
+        "num_valid": trainer.sources.tokenizer_size,
+        "alignment": trainer.sources.alignment,
+        "tp_group": layout.tp_group,
+    }
+    skd = {"top_k": SKD_TOP_K, "teacher_temperature": SKD_TEMPERATURE}
     policy: Any = {
-        "student": StudentPolicy(sampling, group, alignment),
-        "blend": BlendPolicy(sampling, 0.05, alignment, group),
-        "greedy": StudentPolicy(sampling, group),
-        "skd": SKDPolicy(sampling, SKD_TOP_K, SKD_TEMPERATURE, alignment, group),
-        "teacher": TeacherPolicy(sampling, alignment, group),
-    }[policy_name]
+        "student": lambda: StudentPolicy(**shared),
+        "blend": lambda: BlendPolicy(kl_budget=0.05, **shared),
+        "greedy": lambda: StudentPolicy(**shared | {"temperature": 0.0, "alignment": None}),
+        "skd": lambda: SKDPolicy(**skd, **shared),
+        "teacher": lambda: TeacherPolicy(**shared),
+    }[policy_name]()
     requests = [Request(i, r, _prompt(trainer, i)) for i in range(8) for r in range(3)]
     share = requests[layout.dp_rank :: layout.dp_size]
-    found = [asdict(rollout) for rollout in trainer.engine.generate(share, policy, sampling)]
+    found = [asdict(rollout) for rollout in trainer.engine.generate(share, policy, spec)]
     everything = [row for rows in gather_from_leaders(found, layout) for row in rows]
     return sorted(everything, key=lambda row: (row["prompt_index"], row["rollout_index"]))

@@ -38,8 +38,8 @@ class Mutant:
 
     Attributes:
         name: says what is wrong.
-        claim: what does not hold any more; the first words of a row of README's table "What is
-            checked", or another promise.
+        claim: what does not hold any more; the first words of a row of the table of claims in
+            docs/testing.md, or another promise.
         old: a text that occurs once in all files of `SOURCES` together; without the indentation of
             its first line.
         new: what takes its place.
@@ -55,7 +55,7 @@ class Mutant:
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    # README, "What is checked", row by row
+    # docs/testing.md, "Claims and their tests", row by row
     Mutant(
         name="log-ratio-of-a-shard-re-based-the-wrong-way",
         claim="blend and losses against golden vectors",
@@ -105,7 +105,7 @@ MUTANTS: tuple[Mutant, ...] = (
         claim="the solver reads a row's logits at most 8 times",
         old="is_close_M = error_M1[:, 0] <= _RELATIVE_TOLERANCE * target_M",
         new="is_close_M = error_M1[:, 0] <= 1e-9 * target_M",
-        tests=("test_blending.py::test_random_cases_need_few_passes",),
+        tests=("test_solver_costs.py::test_random_cases_need_few_passes",),
     ),
     Mutant(
         name="cached-keys-rotated-the-other-way",
@@ -131,8 +131,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="blending-with-a-budget-of-zero",
         claim="ε₀ = 0 equals, bit for bit,",
-        old="if is_warmup and kl_budget > 0:",
-        new="if is_warmup and kl_budget >= 0:",
+        old='self.behavior.policy != "trb" or self.behavior.kl_budget > 0',
+        new='self.behavior.policy != "trb" or self.behavior.kl_budget >= 0',
         tests=("test_trainer.py::test_zero_budget_is_plain_distillation_bit_for_bit",),
     ),
     Mutant(
@@ -232,7 +232,7 @@ MUTANTS: tuple[Mutant, ...] = (
         claim="every rank's partial sums refer to the maximum over all shards",
         old="(scale_RN * (weighted_RN + sum_RN * offset_RN)).sum(dim=0)",
         new="(scale_RN * weighted_RN).sum(dim=0)",
-        tests=("test_vocab_parallel.py::test_log_softmax_and_entropy",),
+        tests=("test_views.py::test_entropy_and_probabilities",),
     ),
     Mutant(
         name="hidden-gradient-not-summed-over-shards",
@@ -267,7 +267,7 @@ MUTANTS: tuple[Mutant, ...] = (
         claim="the budget of step k of K is ε₀ (1 - k / K), counted from 0",
         old="return kl_budget * (1 - step / warmup_steps)",
         new="return kl_budget * (1 - (step + 1) / warmup_steps)",
-        tests=("test_blending.py::test_schedule",),
+        tests=("test_schedule.py::test_schedule",),
     ),
     Mutant(
         name="learning-rate-rises-one-step-late",
@@ -281,21 +281,21 @@ MUTANTS: tuple[Mutant, ...] = (
         claim="stopping is one event: a model's stop probabilities are added",
         old="own_NK.logsumexp(dim=-1)",
         new="own_NK.amax(dim=-1)",
-        tests=("test_blending.py::test_alignment_and_its_gradient",),
+        tests=("test_stop_alignment.py::test_alignment_and_its_gradient",),
     ),
     Mutant(
         name="gradient-of-the-stop-event-spread-evenly",
         claim="the merged logit's gradient goes to the stop ids by their probabilities",
         old="return own_NK.softmax(dim=-1)",
         new="return torch.full_like(own_NK, 1 / own_NK.shape[-1])",
-        tests=("test_blending.py::test_alignment_and_its_gradient",),
+        tests=("test_stop_alignment.py::test_alignment_and_its_gradient",),
     ),
     Mutant(
         name="residual-not-reduced-by-the-student",
         claim="a declined proposal is replaced from the residual (μ - p)+",
         old="(behavior_logprobs_NU.exp() - student_logprobs_NU.exp()).clamp_min_(0)",
         new="behavior_logprobs_NU.exp()",
-        tests=("test_blending.py::test_draws_follow_the_behavior_policy",),
+        tests=("test_coupling.py::test_draws_follow_the_behavior_policy",),
     ),
     Mutant(
         name="skd-mass-of-this-shard-only",
@@ -308,7 +308,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="repeated-prompt-gets-the-same-responses",
         claim="a prompt that comes twice in a step gets other responses",
-        old="first = count * num_seen[prompt.index]",
+        old="first = rollouts_per_prompt * num_seen[prompt.index]",
         new="first = 0",
         tests=("test_trainer.py::test_prompt_that_comes_twice_in_a_step_gets_other_responses",),
     ),

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trb_megatron.behavior.stop_alignment import StopAlignment
+from trb_megatron.loss.rules import LossOptions
+
 
 @dataclass(frozen=True)
 class DenseBehavior:
@@ -22,11 +25,16 @@ def kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
     return torch.where(logp_NV.exp() > 0, logp_NV.exp() * (logp_NV - logq_NV), 0.0).sum(-1)
 
 
-def blend_logprobs(student_NV: Tensor, teacher_NV: Tensor, coef_N: Tensor) -> Tensor:
-    """log of p^(1-b) q^b normalized, from logits without absent ids, in float64."""
+def entropy(logp_NV: Tensor) -> Tensor:
+    """Entropy of p per row; ids that are -inf contribute nothing."""
+    return -torch.where(logp_NV.exp() > 0, logp_NV.exp() * logp_NV, 0.0).sum(-1)
+
+
+def blend_logprobs(student_NV: Tensor, teacher_NV: Tensor, blend_coef_N: Tensor) -> Tensor:
+    """log of p^(1-β) q^β normalized, from logits without absent ids, in float64."""
     logp_NV, logq_NV = (x.double().log_softmax(-1) for x in (student_NV, teacher_NV))
-    coef_N1 = coef_N.double()[:, None]
-    return ((1 - coef_N1) * logp_NV + coef_N1 * logq_NV).log_softmax(-1)
+    blend_coef_N1 = blend_coef_N.double()[:, None]
+    return ((1 - blend_coef_N1) * logp_NV + blend_coef_N1 * logq_NV).log_softmax(-1)
 
 
 def dense_blend(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor) -> DenseBehavior:
@@ -38,15 +46,22 @@ def dense_blend(student_NV: Tensor, teacher_NV: Tensor, budget_N: Tensor) -> Den
         feasible_N = kl(blend_logprobs(logp_NV, logq_NV, middle_N), logp_NV) <= budget_N
         low_N = torch.where(feasible_N, middle_N, low_N)
         high_N = torch.where(feasible_N, high_N, middle_N)
-    coef_N = torch.where(kl(logq_NV, logp_NV) <= budget_N, 1.0, low_N)
-    coef_N = torch.where(budget_N == 0, 0.0, coef_N)
-    return _describe(coef_N, blend_logprobs(logp_NV, logq_NV, coef_N), logp_NV, logq_NV)
+    blend_coef_N = torch.where(kl(logq_NV, logp_NV) <= budget_N, 1.0, low_N)
+    blend_coef_N = torch.where(budget_N == 0, 0.0, blend_coef_N)
+    logmu_NV = blend_logprobs(logp_NV, logq_NV, blend_coef_N)
+    return _describe(blend_coef_N, logmu_NV, logp_NV, logq_NV)
 
 
-def _describe(coef_N: Tensor, logmu_NV: Tensor, logp_NV: Tensor, logq_NV: Tensor) -> DenseBehavior:
-    mu_NV = logmu_NV.exp()
-    entropy_N = -torch.where(mu_NV > 0, mu_NV * logmu_NV, 0.0).sum(-1)
-    return DenseBehavior(coef_N, kl(logmu_NV, logp_NV), kl(logmu_NV, logq_NV), entropy_N, logmu_NV)
+def _describe(
+    blend_coef_N: Tensor, logmu_NV: Tensor, logp_NV: Tensor, logq_NV: Tensor
+) -> DenseBehavior:
+    return DenseBehavior(
+        blend_coef=blend_coef_N,
+        kl_student=kl(logmu_NV, logp_NV),
+        kl_teacher=kl(logmu_NV, logq_NV),
+        entropy=entropy(logmu_NV),
+        logprobs=logmu_NV,
+    )
 
 
 def dense_skd(
@@ -69,15 +84,21 @@ def dense_teacher(student_NV: Tensor, teacher_NV: Tensor) -> DenseBehavior:
     return _describe(torch.ones_like(logp_NV[:, 0]), logq_NV, logp_NV, logq_NV)
 
 
+def align_by_definition(logits_NV: Tensor, own_ids: tuple[int, ...], stop: StopAlignment) -> Tensor:
+    """The logits with merged stop ids, by torch operations that autograd differentiates."""
+    columns = list(logits_NV.unbind(-1))
+    merged_N = logits_NV[:, list(own_ids)].logsumexp(-1)
+    for removed_id in stop.removed_ids:
+        columns[removed_id] = torch.full_like(merged_N, -torch.inf)
+    columns[stop.stop_id] = merged_N
+    return torch.stack(columns, dim=-1)
+
+
 def dense_loss(
     name: str,
     student_NV: Tensor,
     teacher_NV: Tensor,
-    *,
-    top_k: int = 16,
-    temperature: float = 1.0,
-    jsd_weight: float = 0.5,
-    veto_coef: float = 0.0,
+    options: LossOptions,
     sampled_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Value [N] and gradient [N, V] of a loss by definition and autograd, in float64.
@@ -85,9 +106,10 @@ def dense_loss(
     Logits without absent ids, or with ids that are -1e9 in both models.
     """
     logits_NV = student_NV.detach().double().requires_grad_()
-    logp_NV = (logits_NV / temperature).log_softmax(-1)
-    logq_NV = (teacher_NV.double() / temperature).log_softmax(-1)
-    support_NK = logits_NV.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    logp_NV = (logits_NV / options.temperature).log_softmax(-1)
+    logq_NV = (teacher_NV.double() / options.temperature).log_softmax(-1)
+    order_NV = logits_NV.detach().sort(dim=-1, descending=True, stable=True).indices
+    support_NK = order_NV[:, : options.top_k]
     logp_NK, logq_NK = logp_NV.gather(-1, support_NK), logq_NV.gather(-1, support_NK)
     if name == "reverse_kl_topk":
         value_N = surrogate_N = kl(logp_NK.log_softmax(-1), logq_NK.log_softmax(-1))
@@ -99,14 +121,9 @@ def dense_loss(
     elif name == "forward_kl_full":
         value_N = surrogate_N = kl(logq_NV, logp_NV)
     elif name == "jsd":
-        logm_NV = torch.logaddexp(
-            logp_NV + torch.tensor(1 - jsd_weight).double().log(),
-            logq_NV + torch.tensor(jsd_weight).double().log(),
-        )
-        value_N = jsd_weight * kl(logq_NV, logm_NV) + (1 - jsd_weight) * kl(logp_NV, logm_NV)
-        surrogate_N = value_N
+        value_N = surrogate_N = _dense_jsd(logp_NV, logq_NV, options.jsd_weight)
     elif name == "veto":
-        target_NK = (logq_NK + veto_coef * logp_NK.detach()).log_softmax(-1)
+        target_NK = (logq_NK + options.veto_coef * logp_NK.detach()).log_softmax(-1)
         value_N = surrogate_N = kl(logp_NK.log_softmax(-1), target_NK)
     else:
         assert sampled_ids is not None
@@ -116,3 +133,10 @@ def dense_loss(
         surrogate_N = {"reverse_kl_sampled": ratio_N * logp_N, "cross_entropy": -logp_N}[name]
     (grad_NV,) = torch.autograd.grad(surrogate_N.sum(), logits_NV)
     return value_N.detach(), grad_NV
+
+
+def _dense_jsd(logp_NV: Tensor, logq_NV: Tensor, weight: float) -> Tensor:
+    """weight * KL(q||m) + (1 - weight) * KL(p||m) with m = weight * q + (1 - weight) * p."""
+    log_weight, log_rest = torch.tensor([weight, 1 - weight], dtype=torch.float64).log()
+    logm_NV = torch.logaddexp(logp_NV + log_rest, logq_NV + log_weight)
+    return weight * kl(logq_NV, logm_NV) + (1 - weight) * kl(logp_NV, logm_NV)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tests.distributed import run_distributed
-from trb_megatron.hf_config import read_hf_config
+from tests.ranks import run_distributed
+from trb_megatron.huggingface.config import read_hf_config
 
 TIMINGS = ("time/", "perf/")
 
@@ -31,8 +31,8 @@ def weights_digest(folder: Path) -> str:
 
 def load_frozen(folder: Path, layout: Any) -> Any:
     """This rank's part of a tiny HF checkpoint, fp32, for rollouts alone; imports Megatron."""
-    from trb_megatron.hf_weights import load_hf_weights
-    from trb_megatron.models import build_model
+    from trb_megatron.models.build import build_model
+    from trb_megatron.models.weights import load_hf_weights
 
     config = read_hf_config(folder)
     model = build_model(config, layout, vocab_size=128, dtype=torch.float32)
@@ -43,9 +43,7 @@ def load_frozen(folder: Path, layout: Any) -> Any:
 def train(config_file: Path, world_size: int, *overrides: str, timeout_s: float = 240) -> None:
     """A run from start (or its last checkpoint) to its end, on fresh ranks."""
     arguments = (config_file, overrides)
-    run_distributed(
-        train_here, world_size, *arguments, timeout_s=timeout_s, start_method="forkserver"
-    )
+    run_distributed(train_here, world_size, *arguments, timeout_s=timeout_s)
 
 
 def train_here(config_file: Path, overrides: tuple[str, ...]) -> Any:
@@ -57,22 +55,23 @@ def train_here(config_file: Path, overrides: tuple[str, ...]) -> Any:
 
 def make_trainer(config_file: Path, overrides: tuple[str, ...]) -> Any:
     """A trainer on the ranks that exist already, without graders."""
-    from trb_megatron.config import load_config
+    from trb_megatron.config.reading import load_config
 
     config = load_config(config_file, list(overrides))
     layout = _join(config.parallel)
 
+    from trb_megatron.setup import set_up
     from trb_megatron.trainer import Trainer
 
-    return Trainer(config, layout, rewards=None)
+    return Trainer(set_up(config, layout, rewards=None))
 
 
 @cache
 def _join(parallel: Any) -> Any:
     """This process's layout; groups are built once."""
-    from trb_megatron import distributed
+    from trb_megatron.distributed.layout import initialize
 
-    return distributed.initialize(parallel)
+    return initialize(parallel)
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def measure_holdings(trainer: Any) -> Holdings:
         stage=trainer.layout.pp_rank,
         num_parameters={n: sum(p.numel() for p in params) for n, params in parameters.items()},
         weights=num_bytes(parameters["student"]),
-        gradients=num_bytes(buffer.grad_data for buffer in trainer.student.buffers),
+        gradients=num_bytes(buffer.grad_data for buffer in trainer.student_ddp.buffers),
         optimizer=num_bytes([*masters, *moments]),
         teacher=num_bytes(parameters.get("teacher", [])),
     )

@@ -14,7 +14,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from trb_megatron.supervision import RunError, setup_errors, supervised_job
+from trb_megatron.job.supervision import RunError, setup_errors, supervised_job
 
 
 def main() -> None:

@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from trb_megatron.batch import (
-    Rollout,
-    balance,
-    build_microbatch,
-    build_microbatches,
-    plan_moves,
-    split_evenly,
-)
+from trb_megatron.batch import Rollout, balance, build_microbatch, build_microbatches, split_evenly
+from trb_megatron.update.exchange import plan_moves
 
 CPU = torch.device("cpu")
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.distributed import run_distributed, vocab_shard
-from tests.reference import blend_logprobs, kl
-from trb_megatron.blending import solve_behavior
-from trb_megatron.loss import LOSSES
-from trb_megatron.vocab_parallel import all_gather
+from tests.ranks import run_distributed, vocab_shard
+from tests.reference import blend_logprobs, entropy, kl
+from trb_megatron.behavior.solver import solve_behavior
+from trb_megatron.distributed.vocab_parallel import all_gather
+from trb_megatron.loss.losses import LOSSES
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = {
@@ -54,12 +54,13 @@ def solve_all() -> list[dict[str, Tensor]]:
         behavior = solve_behavior(
             student_NU, teacher_NU, golden[f"{i}_kl_budget"], tp_group=group, num_valid=num_valid
         )
-        result = {
-            key: getattr(behavior, key)
-            for key in ("blend_coef", "kl_student", "kl_teacher", "entropy")
-        }
-        result["logprobs"] = gather_columns(behavior.logprobs(), group, num_valid)
-        results.append(result)
+        results.append(
+            {
+                "blend_coef": behavior.blend_coef,
+                "kl_student": behavior.kl_student,
+                "logprobs": gather_columns(behavior.logprobs(), group, num_valid),
+            }
+        )
     return results
 
 
@@ -120,12 +121,12 @@ def test_blend(results: list[tuple[Any, Any]]) -> None:
         student_NV, teacher_NV = (
             golden[f"{i}_{model}_logits"][:, :num_valid] for model in ("student", "teacher")
         )
-        budget_N, coef_N = golden[f"{i}_kl_budget"].double(), golden[f"{i}_blend_coef"]
-        coef_tolerance_N = (1e-3 * coef_N).clamp_min(1e-6)
-        assert ((result["blend_coef"] - coef_N).abs() <= coef_tolerance_N).all(), case["name"]
+        budget_N, blend_coef_N = golden[f"{i}_kl_budget"].double(), golden[f"{i}_blend_coef"]
+        tolerance_N = (1e-3 * blend_coef_N).clamp_min(1e-6)
+        assert ((result["blend_coef"] - blend_coef_N).abs() <= tolerance_N).all(), case["name"]
 
         limit_N = budget_N + (1e-3 * budget_N).clamp_min(2e-9)
-        logp_NV = student_NV.double().log_softmax(-1)
+        logp_NV, logq_NV = (x.double().log_softmax(-1) for x in (student_NV, teacher_NV))
         from_coef_NV = blend_logprobs(student_NV, teacher_NV, result["blend_coef"])
         # fp32 log-probabilities sum to 1 within 1e-6 only: renormalize.
         from_logprobs_NV = result["logprobs"].double().log_softmax(-1)
@@ -135,14 +136,12 @@ def test_blend(results: list[tuple[Any, Any]]) -> None:
             result["logprobs"].double(), from_coef_NV, rtol=1e-6, atol=5e-6, msg=case["name"]
         )
         # The blend coefficient is an fp32 number, which allows 6e-4 in KL where logits reach 1e4.
-        for key, expected, rtol, atol in (
-            ("kl_student", "kl_behavior_student", 1e-3, 2e-7),
-            ("kl_teacher", "kl_behavior_teacher", 1e-4, 1e-6),
-            ("entropy", "behavior_entropy", 1e-3, 1e-6),
+        for found_N, key, rtol, atol in (
+            (result["kl_student"].double(), "kl_behavior_student", 1e-3, 2e-7),
+            (kl(from_logprobs_NV, logq_NV), "kl_behavior_teacher", 1e-4, 1e-6),
+            (entropy(from_logprobs_NV), "behavior_entropy", 1e-3, 1e-6),
         ):
-            torch.testing.assert_close(
-                result[key].double(), golden[f"{i}_{expected}"], rtol=rtol, atol=atol
-            )
+            torch.testing.assert_close(found_N, golden[f"{i}_{key}"], rtol=rtol, atol=atol)
 
 
 def test_losses_and_gradients(results: list[tuple[Any, Any]]) -> None:

@@ -19,21 +19,21 @@ import pytest
 import torch
 
 from checkpoints_tools import inspect_checkpoint
-from tests.distributed import run_distributed
 from tests.layouts import write_inputs
+from tests.ranks import run_distributed
 from tests.runs import make_trainer
 from tests.tiny import make_checkpoint
-from trb_megatron.checksums import write_sums
-from trb_megatron.hf_checkpoint import INDEX_FILE as HF_INDEX_FILE
-from trb_megatron.hf_checkpoint import CheckpointError, HFTensors
-from trb_megatron.megatron_tensors import DTYPES_FILE, read_hf_dtypes
-from trb_megatron.safe_loading import INDEX_FILE, no_code_from, read_index
+from trb_megatron.checkpoint.checksums import write_sums
+from trb_megatron.checkpoint.megatron_tensors import DTYPES_FILE, read_hf_dtypes
+from trb_megatron.checkpoint.safe_loading import INDEX_FILE, no_code_from, read_index
+from trb_megatron.huggingface.tensors import INDEX_FILE as HF_INDEX_FILE
+from trb_megatron.huggingface.tensors import CheckpointError, HFTensors
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("trb_megatron", "checkpoints_tools")
-FOLDERS = (*PACKAGES, "launch", "benchmarks", "tests")
+FOLDERS = (*PACKAGES, "launch", "benchmarks", "docs", "tests")
 # Spawned test ranks talk to the test that started them.
-EXCEPTIONS = {("tests/distributed.py", "pickle.loads"), ("tests/test_security.py", "pickle.loads")}
+EXCEPTIONS = {("tests/ranks.py", "pickle.loads"), ("tests/test_security.py", "pickle.loads")}
 
 NEVER = {
     *("eval", "exec", "__import__"),
@@ -251,23 +251,25 @@ def _load_planted(config_file: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """For each plant: what our loading and Megatron's own say and run of the same checkpoint."""
     from megatron.core import dist_checkpointing
 
-    from trb_megatron.checkpoint import _sharded_state, load_checkpoint
+    from trb_megatron.checkpoint.training import load_checkpoint, sharded_state
 
     # Set by people whose other programs need it: ours must not be opened by it.
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     trainer = make_trainer(config_file, (f"run.dir={folder}/run",))
     trainer.train_step()
-    trainer._save()
+    trainer.save()
     checkpoint = folder / "run" / "checkpoints" / "step_1"
-    load_checkpoint(checkpoint, trainer.student, trainer.optimizer)  # nothing is wrong with it
+    load_checkpoint(checkpoint, trainer.student_ddp, trainer.optimizer)  # nothing is wrong with it
     outcomes = {}
     for name, plant in PLANTS.items():
         planted, mark = folder / name, folder / f"{name}.mark"
         shutil.copytree(checkpoint, planted)
         plant(planted, mark)
-        state = _sharded_state(trainer.student, trainer.optimizer, is_loading=True)
+        state = sharded_state(trainer.student_ddp, trainer.optimizer, is_loading=True)
         outcomes[name] = {
-            "ours": _outcome(mark, load_checkpoint, planted, trainer.student, trainer.optimizer),
+            "ours": _outcome(
+                mark, load_checkpoint, planted, trainer.student_ddp, trainer.optimizer
+            ),
             "theirs": _outcome(mark, dist_checkpointing.load, state, str(planted)),
         }
     assert os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1"

@@ -1,9 +1,11 @@
 """The training loop: the same at every layout, and what it must refuse."""
 
+import gc
 import itertools
 import json
 import re
 import shutil
+import weakref
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed import run_distributed
 from tests.layouts import LAYOUTS, ONE_RANK, Layout, ProbeResult, write_inputs
+from tests.ranks import run_distributed
 from tests.runs import make_trainer, read_metrics, train, weights_digest
 from tests.tiny import CHARACTERS, SPECIAL_TOKENS, make_checkpoint, make_tokenizer
 
@@ -52,6 +54,19 @@ def _unreachable(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("blending was reached")
 
 
+def _count_teacher_calls(trainer: Any) -> list[int]:
+    """Teacher calls of each rollout that follows, as a list that grows."""
+    generate, counted = trainer.engine.generate, []
+
+    def counting(*args: Any) -> Any:
+        rollouts = generate(*args)
+        counted.append(trainer.engine.counts.teacher_calls)
+        return rollouts
+
+    trainer.engine.generate = counting
+    return counted
+
+
 def _run_variants(config_file: Path, variants: dict[str, tuple[str, ...]]) -> dict[str, int]:
     """Runs one after another on one rank; teacher calls of each. See `variant_runs`."""
     calls = {}
@@ -61,11 +76,12 @@ def _run_variants(config_file: Path, variants: dict[str, tuple[str, ...]]) -> di
             if name == "vanilla_without_blending_code":
                 for function in ("solve_behavior", "draw_tokens"):
                     stack.enter_context(
-                        mock.patch(f"trb_megatron.policies.{function}", _unreachable)
+                        mock.patch(f"trb_megatron.behavior.policies.{function}", _unreachable)
                     )
             trainer = make_trainer(config_file, (f"run.dir={run_dir}", *overrides))
+            teacher_calls = _count_teacher_calls(trainer)
             trainer.train()
-            calls[name] = trainer.engine.num_teacher_calls
+            calls[name] = sum(teacher_calls)
     return calls
 
 
@@ -191,11 +207,14 @@ def test_vocabularies_of_different_rows(tmp_path: Path) -> None:
 
 def _responses_of_a_step(config_file: Path) -> dict[int, list[tuple[int, ...]]]:
     """Responses by prompt in a step of more prompts than there are."""
+    from trb_megatron.rollout.step_settings import policy_at
+
     trainer = make_trainer(
         config_file, (f"run.dir={config_file.parent}/repeats", "training.prompts_per_step=30")
     )
     found: dict[int, list[tuple[int, ...]]] = {}
-    for rollout in trainer._rollout(trainer._next_prompts(), trainer._policy()):
+    policy = policy_at(0, trainer.config, trainer.sources, trainer.layout)
+    for rollout in trainer.rollout(trainer.prompts(), policy):
         found.setdefault(rollout.prompt_index, []).append(rollout.response_ids)
     return found
 
@@ -204,6 +223,28 @@ def test_prompt_that_comes_twice_in_a_step_gets_other_responses(config_file: Pat
     found = run_distributed(_responses_of_a_step, 1, config_file)[0]
     assert sorted(len(responses) for responses in found.values()) == [4] * 6 + [6] * 6
     assert all(len(set(responses)) > len(responses) / 2 for responses in found.values())
+
+
+def _count_living_microbatches(config_file: Path) -> tuple[int, int]:
+    """Microbatches of a step, and those that are still there after it."""
+    trainer = make_trainer(config_file, (f"run.dir={config_file.parent}/living",))
+    exchange, made = trainer.exchange, []
+
+    def noting(rollouts: Any) -> Any:
+        microbatches = exchange(rollouts)
+        made.extend(weakref.ref(microbatch) for microbatch in microbatches)
+        return microbatches
+
+    trainer.exchange = noting
+    trainer.train_step()
+    gc.collect()
+    return len(made), sum(reference() is not None for reference in made)
+
+
+def test_microbatches_do_not_outlive_their_step(config_file: Path) -> None:
+    """They hold the teacher's hidden states, and the next rollouts need that memory."""
+    num_made, num_alive = run_distributed(_count_living_microbatches, 1, config_file)[0]
+    assert num_made > 0 and num_alive == 0
 
 
 GUIDED = {
@@ -215,7 +256,7 @@ GUIDED = {
 
 def _step_with_and_without_kept_hidden(config_file: Path) -> dict[tuple[str, bool], Any]:
     """Gradient, parameters after one step, and separate teacher passes, for policy and switch."""
-    from trb_megatron.forward import forward_hidden
+    from trb_megatron.models.forward import forward_hidden
 
     found = {}
     for name, keep in itertools.product(GUIDED, (True, False)):
@@ -225,7 +266,7 @@ def _step_with_and_without_kept_hidden(config_file: Path) -> dict[tuple[str, boo
             config_file, (run_dir, switch, "rollout.draft_tokens=3", *GUIDED[name])
         )
         with (
-            mock.patch.object(trainer, "_update", partial(_copy_gradients, trainer)),
+            mock.patch.object(trainer, "update", partial(_copy_gradients, trainer)),
             mock.patch("trb_megatron.trainer.forward_hidden", wraps=forward_hidden) as passes,
         ):
             trainer.train_step()
@@ -234,10 +275,10 @@ def _step_with_and_without_kept_hidden(config_file: Path) -> dict[tuple[str, boo
     return found
 
 
-def _copy_gradients(trainer: Any) -> tuple[float, float]:
+def _copy_gradients(trainer: Any) -> dict[str, float]:
     """The update of a trainer, keeping the gradient before it."""
-    trainer.copied_gradient = torch.cat([b.grad_data.clone() for b in trainer.student.buffers])
-    return type(trainer)._update(trainer)
+    trainer.copied_gradient = torch.cat([b.grad_data.clone() for b in trainer.student_ddp.buffers])
+    return type(trainer).update(trainer)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""What a rank imports, for a fork server to have imported once (see `tests/distributed.py`)."""
+"""What a rank imports, for a fork server to have imported once (see `tests/ranks.py`)."""
 
-from trb_megatron import cpu_backend
+from trb_megatron.distributed import cpu_backend
 
 cpu_backend.install()
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """What was known when each response token was drawn; one entry per response token.
+    """The draw of each response token; one entry per token.
 
     Attributes:
         student_logprobs, teacher_logprobs, behavior_logprobs: of the drawn token, under the
             aligned, temperature-scaled distributions; the teacher's are NaN where it was not asked.
-        blend_coef: beta of the behavior policy, 0 for the student, 1 for the teacher, NaN for a
+        blend_coef: β of the behavior policy, 0 for the student, 1 for the teacher, NaN for a
             policy that is not on the path between them.
         kl_student: KL(behavior || student) at this prefix, in nats.
         accepted: whether the student's proposal was accepted.
@@ -162,32 +162,6 @@ def build_microbatches(
         build_microbatch([rollouts[i] for i in group], device, length_multiple)
         for group in balance([len(rollout) - 1 for rollout in rollouts], max_tokens)
     ]
-
-
-def plan_moves(lengths: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
-    """How to even out the total lengths of several owners with few moves.
-
-    Args:
-        lengths: those that each owner has.
-
-    Returns:
-        (from, which of its items, to), at most one move for each item. The longest total gives the
-        shortest what brings both closest together, until no item would.
-    """
-    totals = [sum(own) for own in lengths]
-    left = [dict(enumerate(own)) for own in lengths]
-    moves: list[tuple[int, int, int]] = []
-    while True:
-        giver, taker = totals.index(max(totals)), totals.index(min(totals))
-        gap = totals[giver] - totals[taker]
-        useful = [(abs(gap - 2 * n), n, item) for item, n in left[giver].items() if 0 < n < gap]
-        if not useful:
-            return moves
-        _, length, item = min(useful)
-        del left[giver][item]
-        totals[giver] -= length
-        totals[taker] += length
-        moves.append((giver, item, taker))
 
 
 def balance(lengths: Sequence[int], max_total: int) -> list[list[int]]:

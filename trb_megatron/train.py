@@ -14,15 +14,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trb_megatron.config import Config
+    from trb_megatron.config.options import Config
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the training job that the arguments describe."""
-    # Checkpoint writers are spawned processes that import this module again: keep that light.
-    from trb_megatron import distributed
-    from trb_megatron.config import load_config
-    from trb_megatron.supervision import setup_errors, supervised_job
+    # Only what a command needs is imported: --help and --dry-run leave Megatron alone.
+    from trb_megatron.config.reading import load_config
+    from trb_megatron.distributed.layout import initialize, shutdown
+    from trb_megatron.job.supervision import setup_errors, supervised_job
 
     parser = _parser()
     options = parser.parse_intermixed_args(arguments)
@@ -34,16 +34,17 @@ def main(arguments: list[str] | None = None) -> None:
             if options.dry_run:
                 dry_run(config, options.world_size, options.memory_gb)
                 return
-            layout = distributed.initialize(config.parallel, seed=config.run.seed)
+            layout = initialize(config.parallel)
 
-        from trb_megatron.evaluate import start_reward_workers
+        from trb_megatron.evaluation.rewards import start_reward_workers
+        from trb_megatron.setup import set_up
         from trb_megatron.trainer import Trainer
 
         with start_reward_workers(config.rewards, layout) as rewards:
             with setup_errors():
-                trainer = Trainer(config, layout, rewards)
+                trainer = Trainer(set_up(config, layout, rewards))
             trainer.train()
-        distributed.shutdown()
+        shutdown()
 
 
 def dry_run(config: Config, world_size: int | None = None, memory_gb: float | None = None) -> None:
@@ -54,23 +55,24 @@ def dry_run(config: Config, world_size: int | None = None, memory_gb: float | No
     Raises:
         ValueError: a run that would be refused, or that does not fit into `memory_gb` on each GPU.
     """
-    from trb_megatron.pair_config import PairConfig
-    from trb_megatron.plan import GB, check_memory, make_plan
-    from trb_megatron.report import describe_plan
+    from trb_megatron.models.sources import ModelSources
+    from trb_megatron.plan.memory import GB
+    from trb_megatron.plan.plan import check_memory, make_plan
+    from trb_megatron.plan.report import describe_plan
 
     parallel = config.parallel
     one_replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    pair = PairConfig.read(config, with_teacher=config.training.task == "distill")
-    plan = make_plan(config, pair, world_size or one_replica)
+    sources = ModelSources.read(config, with_teacher=config.is_distilling)
+    plan = make_plan(config, sources, world_size or one_replica)
     memory = None if memory_gb is None else int(memory_gb * GB)
-    print("\n".join(describe_plan(plan, pair, config, memory)))
+    print("\n".join(describe_plan(plan, sources, config, memory)))
     if memory is not None:
         check_memory(plan, config, memory)
     print("dry run: this would start (weights, prompts and problems were not read)")
 
 
 def _parser() -> argparse.ArgumentParser:
-    from trb_megatron.config import command_line
+    from trb_megatron.config.reading import command_line
 
     parser = command_line(__doc__)
     parser.add_argument(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Purpose(IntEnum):
-    """What a uniform decides; one position needs several that are independent of each other."""
+    """The decision that a uniform makes; one position needs several independent ones."""
 
     DRAFT = 0
     ACCEPT = 1
@@ -54,7 +54,7 @@ def rollout_key(
     prompt_index: int | Tensor,
     rollout_index: int | Tensor,
 ) -> Tensor:
-    """What `counter_uniforms` makes of the arguments that all positions of a rollout share, int64.
+    """The state of `counter_uniforms` after the arguments that a rollout's positions share, int64.
 
     Arguments broadcast together.
     """

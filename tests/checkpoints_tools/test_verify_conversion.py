@@ -1,0 +1,105 @@
+"""verify_conversion says that a right conversion holds and that a wrong one does not."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints_tools import hf_to_megatron, verify_conversion
+from tests.families import make_family_checkpoint
+from tests.ranks import run_distributed
+from trb_megatron.config.options import ParallelConfig
+from trb_megatron.distributed.layout import initialize
+
+OPTIONS = ("--new-tokens", "4")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    source = make_family_checkpoint(folder / "hf", "qwen2", max_position_embeddings=64)
+    hf_to_megatron.main([str(source), str(folder / "megatron")])
+    # A conversion with a fault: one layer's key and value have changed places.
+    wrong = make_family_checkpoint(folder / "wrong-hf", "qwen2", max_position_embeddings=64)
+    tensors = load_file(wrong / "model.safetensors")
+    names = [f"model.layers.1.self_attn.{x}_proj.weight" for x in "kv"]
+    tensors |= dict(zip(names, [tensors[name] for name in reversed(names)], strict=True))
+    save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron.main([str(wrong), str(folder / "wrong")])
+    return source
+
+
+def _verify(arguments: tuple[str, ...]) -> int:
+    """Exit status of the command on this rank."""
+    try:
+        verify_conversion.main(list(arguments))
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+    return 0
+
+
+def _verify_all(commands: list[tuple[str, ...]]) -> list[int]:
+    """One job for all commands, which would each begin and end one of their own."""
+    layout = initialize(
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    )
+    with (
+        mock.patch.object(verify_conversion, "initialize", lambda config: layout),
+        mock.patch.object(verify_conversion, "shutdown"),
+    ):
+        return [_verify(command) for command in commands]
+
+
+@pytest.fixture(scope="module")
+def statuses(source: Path) -> dict[str, list[int]]:
+    """Exit status of each case on each of four ranks, all in one job."""
+    layout = ("--tensor-parallel", "2", "--pipeline-parallel", "2")
+    prompts = source.parent / "prompts.txt"
+    prompts.write_text("1+2=\n\nx\n")
+    common = (str(source), *layout, *OPTIONS)
+    cases = {
+        "hf": (*common, "--json", str(source.parent / "hf.json")),
+        "megatron": (*common, "--megatron", str(source.parent / "megatron")),
+        "prompts": (*common, "--prompts", str(prompts)),
+        "wrong": (*common, "--megatron", str(source.parent / "wrong")),
+        "too long": (*common[:-1], "60"),
+        "negative": (*common[:-1], "-1"),
+    }
+    ranks = run_distributed(_verify_all, 4, list(cases.values()))
+    return dict(zip(cases, map(list, zip(*ranks, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "status"),
+    [
+        *[("hf", 0), ("megatron", 0), ("prompts", 0)],
+        *[("wrong", 1), ("too long", 2), ("negative", 2)],
+    ],
+)
+def test_exit_status(statuses: dict[str, list[int]], case: str, status: int) -> None:
+    assert statuses[case] == [status] * 4
+
+
+def test_figures_are_written(statuses: dict[str, list[int]], source: Path) -> None:
+    figures = json.loads((source.parent / "hf.json").read_text())
+    assert figures["holds"] and figures["tensor_parallel"] == figures["pipeline_parallel"] == 2
+    for prompt in figures["prompts"]:
+        assert prompt["greedy_agreement"] == 4
+        assert 0 <= prompt["mean_difference"] <= prompt["max_difference"] < 1e-4
+        assert len(prompt["kl"]) == prompt["num_tokens"]
+
+
+def test_comparison_of_known_logits() -> None:
+    """Two positions of prompt, two new tokens; Megatron errs by 3 on the last choice."""
+    expected_TV = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
+    ours_TV = expected_TV.clone()
+    ours_TV[2, 1] += 3.0
+    result = verify_conversion.compare("p", [1, 1, 0, 0], 2, ours_TV, expected_TV)
+    assert (result.greedy_agreement, result.max_difference) == (1, 3.0)
+    assert result.mean_difference == pytest.approx(3 / 8)
+    p, q = torch.tensor([2.0, 0.0]).softmax(-1), torch.tensor([2.0, 3.0]).softmax(-1)
+    assert result.kl == pytest.approx([0, 0, float((p * (p / q).log()).sum()), 0], abs=1e-6)

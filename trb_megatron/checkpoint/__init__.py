@@ -1,0 +1,1 @@
+"""Training checkpoints: saving, loading, checksums, and loading that runs no foreign code."""

@@ -1,0 +1,1 @@
+"""The configuration: every option, reading it, and what may change when a run resumes."""

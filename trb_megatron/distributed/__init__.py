@@ -1,0 +1,1 @@
+"""Ranks and shards: process groups, pipeline, vocabulary-parallel mathematics, CPU backend."""

@@ -1,0 +1,1 @@
+"""Evaluation: grading answers in worker processes, and pass@k over problem sets."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders: configuration, tokenizer, tensors, and where each belongs in Megatron."""

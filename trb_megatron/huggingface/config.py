@@ -1,0 +1,213 @@
+"""A model as its HF `config.json` describes it, without weights and without Megatron.
+
+Also how its layers and vocabulary are spread over pipeline and tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trb_megatron.huggingface.families import FAMILIES, has_parameter
+from trb_megatron.huggingface.kinds import ModelShape
+from trb_megatron.huggingface.tensors import CheckpointError, read_json
+
+VOCAB_MULTIPLE = 128
+"""Padded vocabularies are multiples of this and of TP: power-of-two TP sizes agree on it."""
+
+
+@dataclass(frozen=True)
+class HFModelConfig:
+    """The part of an HF `config.json` that decides how a model is built.
+
+    `inv_freq` are the angular frequencies of the rotary embedding, scaling applied, one for each
+    pair of a head's dimensions. `max_positions` is the longest sequence (prompt and response) that
+    the model was made for. The `expert` sizes are 0 in a dense model; `normalize_expert_weights`
+    says whether the weights of the chosen experts are made to sum to one.
+    """
+
+    path: Path
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    norm_epsilon: float
+    inv_freq: tuple[float, ...]
+    max_positions: int
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    normalize_expert_weights: bool = False
+
+    def shape(self, padded_vocab_size: int) -> ModelShape:
+        """The sizes that the parameter mapping needs, at a padded vocabulary."""
+        return ModelShape(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            head_dim=self.head_dim,
+            hf_vocab_size=self.vocab_size,
+            padded_vocab_size=padded_vocab_size,
+            tied_embeddings=self.tied_embeddings,
+            num_experts=self.num_experts,
+            expert_ffn_hidden_size=self.expert_ffn_hidden_size,
+        )
+
+
+def read_hf_config(path: Path) -> HFModelConfig:
+    """Read the `config.json` of an HF checkpoint folder.
+
+    Raises:
+        CheckpointError: missing or broken file, an unsupported architecture (the supported ones are
+            listed), or a feature that the model would need and that is not built (some kinds of
+            rope scaling, sliding windows, another activation, quantisation).
+    """
+    file = path / "config.json"
+    raw = read_json(file)
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        raise CheckpointError(
+            f"{file}: model_type {family!r} is not supported; "
+            f"supported: {', '.join(sorted(FAMILIES))}"
+        )
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{file}: quantised weights (quantization_config, method {method!r}) cannot be trained "
+            "or converted; use the checkpoint that they were made from, or dequantise them"
+        )
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers' validators raise several types
+        raise CheckpointError(f"{file}: not a valid {family} configuration: {error}") from error
+    for feature, is_used in _unsupported_features(config).items():
+        if is_used:
+            raise CheckpointError(f"{file}: {feature} is not supported")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return HFModelConfig(
+        path=path,
+        family=family,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        head_dim=head_dim,
+        vocab_size=config.vocab_size,
+        tied_embeddings=config.tie_word_embeddings,
+        norm_epsilon=config.rms_norm_eps,
+        inv_freq=tuple(_rope_frequencies(config, head_dim).tolist()),
+        max_positions=config.max_position_embeddings,
+        **_expert_config(config),
+    )
+
+
+def _unsupported_features(config: Any) -> dict[str, bool]:
+    """Features that the configuration asks for and our model lacks, for any family."""
+    rope_type = config.rope_parameters["rope_type"]
+    window = getattr(config, "sliding_window", None)
+    return {
+        f"rope_type {rope_type!r} (only {', '.join(ROPE_TYPES)})": rope_type not in ROPE_TYPES,
+        "partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
+        f"a sliding window (sliding_window = {window}, use_sliding_window)": (
+            window is not None
+            and getattr(config, "use_sliding_window", True)
+            and window < config.max_position_embeddings
+        ),
+        "attention_bias": bool(getattr(config, "attention_bias", False)),
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        f"hidden_act {config.hidden_act!r}": config.hidden_act != "silu",
+        "a mixture of dense and expert layers (decoder_sparse_step, mlp_only_layers)": (
+            getattr(config, "decoder_sparse_step", 1) != 1
+            or bool(getattr(config, "mlp_only_layers", None))
+        ),
+    }
+
+
+def _expert_config(config: Any) -> dict[str, Any]:
+    if not has_parameter(config.model_type, "mlp.router.weight"):
+        return {}
+    return {
+        "num_experts": config.num_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "expert_ffn_hidden_size": config.moe_intermediate_size,
+        "normalize_expert_weights": config.norm_topk_prob,
+    }
+
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def _rope_frequencies(config: Any, head_dim: int) -> Tensor:
+    """Angular frequencies of the rotary embedding [head_dim / 2], fp32.
+
+    "linear" divides all by a factor. "llama3" divides those whose wavelength exceeds the original
+    context divided by `low_freq_factor`, keeps those shorter than the context divided by
+    `high_freq_factor`, and blends linearly between (Llama 3.1, `apply_scaling` of the reference
+    code). Megatron has constants in place of these numbers.
+    """
+    rope = config.rope_parameters
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    inv_freq = 1.0 / (rope["rope_theta"] ** exponents)
+    if rope["rope_type"] == "default":
+        return inv_freq
+    scaled = inv_freq / rope["factor"]
+    if rope["rope_type"] == "linear":
+        return scaled
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns_in_context = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    unscaled_share = ((turns_in_context - low) / (high - low)).clamp(0.0, 1.0)
+    return unscaled_share * inv_freq + (1 - unscaled_share) * scaled
+
+
+def padded_vocab_size(vocab_sizes: list[int], tp_size: int) -> int:
+    """The common internal vocabulary of several models, so that their shards line up."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tp_size)
+    return -(-max(vocab_sizes) // multiple) * multiple
+
+
+def layers_of_stages(num_layers: int, pp_size: int) -> list[range]:
+    """The layers of each pipeline stage; the first stages take one more where PP doesn't divide."""
+    counts = [num_layers // pp_size + (s < num_layers % pp_size) for s in range(pp_size)]
+    return [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
+
+
+def check_layout(config: HFModelConfig, tp_size: int, pp_size: int) -> None:
+    """Refuse a layout that the model cannot be cut into.
+
+    Raises:
+        ValueError: names the size that TP does not divide, or a pipeline longer than the model.
+    """
+    for name, size in (
+        ("num_attention_heads", config.num_attention_heads),
+        ("num_key_value_heads", config.num_query_groups),
+        ("intermediate_size", config.ffn_hidden_size),
+        ("moe_intermediate_size", config.expert_ffn_hidden_size),
+    ):
+        if size % tp_size != 0:
+            raise ValueError(
+                f"{config.path}: parallel.tensor_model_parallel_size={tp_size} does not divide "
+                f"{name}={size}; choose a divisor"
+            )
+    if pp_size > config.num_layers:
+        raise ValueError(
+            f"{config.path}: parallel.pipeline_model_parallel_size={pp_size} exceeds the model's "
+            f"{config.num_layers} layers"
+        )

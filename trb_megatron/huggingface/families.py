@@ -1,0 +1,114 @@
+"""Model families: one table each, of Megatron parameters and the HF tensors that they are made of.
+
+A family is a tuple of rows (Megatron name, kind, HF names); `{i}` stands for the layer, counted
+over the whole model, `{e}` for the expert of a mixture-of-experts layer. Megatron names are those
+of its distributed checkpoints, where a norm in front of a linear layer belongs to that layer. The
+kind (`kinds`) says how the HF tensors are laid out inside the Megatron parameter and how that
+parameter is cut over tensor-parallel (TP) ranks.
+"""
+
+from trb_megatron.huggingface.kinds import (
+    ATTENTION_OUTPUT,
+    EXPERT_GATE_UP,
+    EXPERT_OUTPUT,
+    GATE_UP,
+    GROUPED_QKV,
+    GROUPED_QKV_BIAS,
+    HEAD_VECTOR,
+    HIDDEN_VECTOR,
+    MLP_OUTPUT,
+    ROUTER,
+    VOCABULARY,
+    Kind,
+)
+
+Row = tuple[str, Kind, tuple[str, ...]]
+
+EMBEDDING = "model.embed_tokens.weight"
+_HF = "model.layers.{i}."
+_HF_EXPERT = _HF + "mlp.experts.{e}."
+_LAYER = "decoder.layers.{i}."
+_EXPERT = _LAYER + "mlp.experts.local_experts.{e}."
+
+_OUTSIDE_THE_LAYERS: tuple[Row, ...] = (
+    ("embedding.word_embeddings.weight", VOCABULARY, (EMBEDDING,)),
+    ("decoder.final_layernorm.weight", HIDDEN_VECTOR, ("model.norm.weight",)),
+    ("output_layer.weight", VOCABULARY, ("lm_head.weight",)),
+)
+_ATTENTION: tuple[Row, ...] = (
+    (
+        _LAYER + "self_attention.linear_qkv.layer_norm_weight",
+        HIDDEN_VECTOR,
+        (_HF + "input_layernorm.weight",),
+    ),
+    (
+        _LAYER + "self_attention.linear_qkv.weight",
+        GROUPED_QKV,
+        tuple(_HF + f"self_attn.{x}_proj.weight" for x in "qkv"),
+    ),
+    (
+        _LAYER + "self_attention.linear_proj.weight",
+        ATTENTION_OUTPUT,
+        (_HF + "self_attn.o_proj.weight",),
+    ),
+)
+_QKV_BIAS: Row = (
+    _LAYER + "self_attention.linear_qkv.bias",
+    GROUPED_QKV_BIAS,
+    tuple(_HF + f"self_attn.{x}_proj.bias" for x in "qkv"),
+)
+_QK_NORMS: tuple[Row, ...] = tuple(
+    (
+        _LAYER + f"self_attention.{x}_layernorm.weight",
+        HEAD_VECTOR,
+        (_HF + f"self_attn.{x}_norm.weight",),
+    )
+    for x in "qk"
+)
+_MLP: tuple[Row, ...] = (
+    (
+        _LAYER + "mlp.linear_fc1.layer_norm_weight",
+        HIDDEN_VECTOR,
+        (_HF + "post_attention_layernorm.weight",),
+    ),
+    (
+        _LAYER + "mlp.linear_fc1.weight",
+        GATE_UP,
+        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
+    ),
+    (_LAYER + "mlp.linear_fc2.weight", MLP_OUTPUT, (_HF + "mlp.down_proj.weight",)),
+)
+_EXPERTS: tuple[Row, ...] = (
+    (
+        _LAYER + "pre_mlp_layernorm.weight",
+        HIDDEN_VECTOR,
+        (_HF + "post_attention_layernorm.weight",),
+    ),
+    (_LAYER + "mlp.router.weight", ROUTER, (_HF + "mlp.gate.weight",)),
+    (
+        _EXPERT + "linear_fc1.weight",
+        EXPERT_GATE_UP,
+        (_HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"),
+    ),
+    (_EXPERT + "linear_fc2.weight", EXPERT_OUTPUT, (_HF_EXPERT + "down_proj.weight",)),
+)
+
+LLAMA = (*_OUTSIDE_THE_LAYERS, *_ATTENTION, *_MLP)
+MISTRAL = LLAMA
+QWEN2 = (*_OUTSIDE_THE_LAYERS, *_ATTENTION, _QKV_BIAS, *_MLP)
+QWEN3 = (*_OUTSIDE_THE_LAYERS, *_ATTENTION, *_QK_NORMS, *_MLP)
+QWEN3_MOE = (*_OUTSIDE_THE_LAYERS, *_ATTENTION, *_QK_NORMS, *_EXPERTS)
+
+FAMILIES: dict[str, tuple[Row, ...]] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+}
+"""The table of each `model_type` of an HF config.json."""
+
+
+def has_parameter(family: str, ending: str) -> bool:
+    """Whether a family's layers have a parameter whose Megatron name ends so."""
+    return any(name.endswith(ending) for name, _, _ in FAMILIES[family])

@@ -1,0 +1,1 @@
+"""Student and teacher as Megatron-Core models: building, weights, forward passes, caches, FP8."""

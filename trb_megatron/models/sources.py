@@ -1,0 +1,136 @@
+"""Student and teacher as their folders describe them, checked against each other; no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from trb_megatron.behavior.stop_alignment import StopAlignment
+from trb_megatron.config.options import Config
+from trb_megatron.huggingface.config import (
+    HFModelConfig,
+    check_layout,
+    padded_vocab_size,
+    read_hf_config,
+)
+from trb_megatron.huggingface.tokenizer import (
+    check_same_tokenizer,
+    load_tokenizer,
+    stop_ids,
+    tokenizer_size,
+)
+from trb_megatron.models import fp8
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Type of parameters and activations, by `training.precision`."""
+
+
+@dataclass(frozen=True)
+class ModelSources:
+    """Both models as their folders describe them, and what they agree on.
+
+    Attributes:
+        teacher: None where a job has no teacher.
+        tokenizer: the student's; the teacher's gives the same ids.
+        tokenizer_size: highest token id + 1, the support of every distribution.
+        vocab_size: rows of both models' vocabularies on all tensor-parallel ranks together, padded.
+        alignment: the stop events of both models (the student's twice without a teacher).
+    """
+
+    student: HFModelConfig
+    teacher: HFModelConfig | None
+    tokenizer: PreTrainedTokenizerFast
+    tokenizer_size: int
+    vocab_size: int
+    alignment: StopAlignment
+
+    @classmethod
+    def read(cls, config: Config, *, with_teacher: bool) -> ModelSources:
+        """Read the folders' configurations, tokenizers and stop ids.
+
+        Raises:
+            ValueError: a folder that cannot be used, tokenizers that differ, a parallel layout or
+                FP8 that does not fit a model, ids beyond a vocabulary, sequences beyond a model's
+                positions.
+        """
+        student_path = config.student.path
+        teacher_path = config.teacher.path if with_teacher and config.teacher else None
+        tokenizer = load_tokenizer(student_path)
+        size = tokenizer_size(tokenizer)
+        student = read_hf_config(student_path)
+        teacher = None
+        if teacher_path is not None:
+            check_same_tokenizer(tokenizer, load_tokenizer(teacher_path))
+            teacher = read_hf_config(teacher_path)
+        tp_size = config.parallel.tensor_model_parallel_size
+        models = [model for model in (student, teacher) if model is not None]
+        for model in models:
+            check_layout(model, tp_size, config.parallel.pipeline_model_parallel_size)
+            if config.training.precision == "fp8":
+                fp8.check_sizes(model, tp_size)
+            if size > model.vocab_size:
+                raise ValueError(
+                    f"{model.path}: the tokenizer has ids up to {size - 1}, "
+                    f"but vocab_size is {model.vocab_size}"
+                )
+        _check_lengths(config, student, teacher)
+        return cls(
+            student=student,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            tokenizer_size=size,
+            vocab_size=padded_vocab_size([model.vocab_size for model in models], tp_size),
+            alignment=_align(config, teacher_path, size),
+        )
+
+    @property
+    def models(self) -> dict[str, HFModelConfig]:
+        """The configurations by name, without a teacher that isn't there."""
+        pair = {"student": self.student, "teacher": self.teacher}
+        return {name: model for name, model in pair.items() if model is not None}
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response: the student's own."""
+        return self.alignment.student_ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a response, without special tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _check_lengths(config: Config, student: HFModelConfig, teacher: HFModelConfig | None) -> None:
+    """Refuse sequences that are longer than the positions of a model that reads them."""
+    uses: list[tuple[str, int, list[HFModelConfig]]] = []
+    if teacher is not None:
+        uses.append(("rollout", config.rollout.max_response_tokens, [student, teacher]))
+    if config.evaluation.sets:
+        uses.append(("evaluation", config.evaluation.max_response_tokens, [student]))
+    for section, max_response_tokens, models in uses:
+        num_tokens = config.data.max_prompt_tokens + max_response_tokens
+        for model in models:
+            if num_tokens > model.max_positions:
+                raise ValueError(
+                    f"data.max_prompt_tokens + {section}.max_response_tokens = {num_tokens} "
+                    f"exceeds the {model.max_positions} positions (max_position_embeddings) of "
+                    f"{model.path}; lower them"
+                )
+
+
+def _align(config: Config, teacher_path: Path | None, size: int) -> StopAlignment:
+    """The stop events of both models, `rollout.stop_ids` overriding both."""
+    student_ids = config.rollout.stop_ids or stop_ids(config.student.path)
+    teacher_ids = student_ids
+    if teacher_path is not None:
+        teacher_ids = config.rollout.stop_ids or stop_ids(teacher_path)
+    for token_id in (*student_ids, *teacher_ids):
+        if token_id >= size:
+            raise ValueError(
+                f"stop id {token_id} is not in the tokenizer, whose highest id is {size - 1}; "
+                "correct generation_config.json or rollout.stop_ids"
+            )
+    return StopAlignment(student_ids, teacher_ids)

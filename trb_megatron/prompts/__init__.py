@@ -1,0 +1,1 @@
+"""Prompts: reading them from files, rendering them, and the order that training takes them in."""

@@ -1,0 +1,140 @@
+"""Prompt sources: files of prompts, read, rendered and tokenized."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from trb_megatron.prompts.readers import read_rows
+from trb_megatron.prompts.records import Columns, Record, parse_record
+from trb_megatron.prompts.rendering import plain_text, render_chat
+
+_TOKENIZER_BATCH = 1024  # records encoded by one call, so that the tokenizer's threads have work
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One tokenized prompt; `index` is its row in the source, counted from 0.
+
+    `answer` lists the acceptable answers (any one is right). `response_ids` carry no stop id.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    answer: tuple[str, ...] | None
+    response_ids: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one source, in its order, without those that were too long.
+
+    `fingerprint` is a hash of token ids, answers and responses, wherever they were read from.
+    """
+
+    prompts: tuple[Prompt, ...]
+    num_dropped: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSource:
+    """Where prompts come from, and how they become tokens.
+
+    A source is a JSON Lines file, a JSON array, parquet (a file or a folder of files) or a Hugging
+    Face dataset folder on disk.
+
+    Attributes:
+        format: "auto", "jsonl", "parquet" or "hf".
+        columns: of prompt, answer and response; those of the last two may be None.
+        system_prompt: opens a chat that brings none of its own; needs a chat template.
+        apply_chat_template: render the tokenizer's template around the prompt, which may then be a
+            list of messages; without, a prompt is plain text and must be a string.
+        max_prompt_tokens: longer prompts are dropped and counted.
+        limit: the first so many rows; None: all.
+    """
+
+    path: Path
+    format: str
+    columns: Columns
+    system_prompt: str | None
+    apply_chat_template: bool
+    max_prompt_tokens: int
+    limit: int | None = None
+
+
+def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> PromptSet:
+    """Read and tokenize a source, dropping prompts that are too long.
+
+    A prompt is a string or a list of chat messages. An answer is a string, a number or a list of
+    acceptable ones; of a solution in GSM8K's form only what follows `####` counts.
+
+    Raises ValueError naming the file and the line or row of anything that cannot be used, and when
+    no prompt is left.
+    """
+    if source.apply_chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; set "
+            "apply_chat_template=false and system_prompt=null for plain text prompts"
+        )
+    columns = [column for column in source.columns if column is not None]
+    rows = itertools.islice(read_rows(source.path, source.format, columns), source.limit)
+    records = (
+        parse_record(index, location, row, source.columns)
+        for index, (location, row) in enumerate(rows)
+    )
+    prompts: list[Prompt] = []
+    num_dropped = 0
+    for batch in _batched(records, _TOKENIZER_BATCH):
+        for prompt in _tokenize(batch, tokenizer, source):
+            if len(prompt.token_ids) <= source.max_prompt_tokens:
+                prompts.append(prompt)
+            else:
+                num_dropped += 1
+    if not prompts:
+        reason = f"all {num_dropped} are longer than max_prompt_tokens={source.max_prompt_tokens}"
+        raise ValueError(f"{source.path}: no prompts: {reason if num_dropped else 'it is empty'}")
+    return PromptSet(tuple(prompts), num_dropped, _fingerprint(prompts))
+
+
+def _tokenize(
+    records: list[Record], tokenizer: PreTrainedTokenizerFast, source: PromptSource
+) -> Iterator[Prompt]:
+    if source.apply_chat_template:
+        texts = [render_chat(record, tokenizer, source.system_prompt) for record in records]
+    else:
+        texts = [plain_text(record) for record in records]
+    # A chat template writes its own special tokens; plain text gets those of the tokenizer.
+    prompt_ids = _encode(texts, tokenizer, add_special_tokens=not source.apply_chat_template)
+    responses = [record.response or "" for record in records]
+    response_ids = _encode(responses, tokenizer, add_special_tokens=False)
+    for record, ids, of_response in zip(records, prompt_ids, response_ids, strict=True):
+        if not ids:
+            raise ValueError(f"{record.location}: the prompt has no tokens")
+        response = None if record.response is None else of_response
+        yield Prompt(record.index, ids, record.answer, response)
+
+
+def _encode(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, *, add_special_tokens: bool
+) -> list[tuple[int, ...]]:
+    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
+    return [tuple(ids) for ids in encoded["input_ids"]]
+
+
+def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    iterator = iter(records)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _fingerprint(prompts: list[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        record = [prompt.token_ids, prompt.answer, prompt.response_ids]
+        digest.update(json.dumps(record).encode() + b"\n")
+    return digest.hexdigest()

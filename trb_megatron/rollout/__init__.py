@@ -1,0 +1,1 @@
+"""Rollouts: the engine that samples responses, its scheduler, drafts and cache size."""

@@ -1,0 +1,237 @@
+"""Setting a run up: read, check, load, lock, resume.
+
+Everything that a user must change is refused here, before the first step; what needs no weights is
+read and checked before they are loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from trb_megatron.atomic_folder import write_file
+from trb_megatron.behavior.policies import Policy
+from trb_megatron.checkpoint.folders import written_together
+from trb_megatron.checkpoint.training import (
+    TrainingState,
+    find_good_checkpoint,
+    load_checkpoint,
+)
+from trb_megatron.config.conflicts import config_warnings
+from trb_megatron.config.options import Config
+from trb_megatron.config.reading import parse_config
+from trb_megatron.config.values import ConfigError
+from trb_megatron.distributed.layout import ParallelLayout, is_rank_zero, say
+from trb_megatron.evaluation.evaluator import Evaluator, load_problem_sets
+from trb_megatron.evaluation.rewards import RewardWorkers
+from trb_megatron.models.layers import flash_attention_version
+from trb_megatron.models.pair import Models
+from trb_megatron.models.sources import DTYPES, ModelSources
+from trb_megatron.plan.plan import Plan, check_memory, make_plan
+from trb_megatron.plan.report import describe_environment, describe_plan, describe_precision
+from trb_megatron.prompts.records import Columns
+from trb_megatron.prompts.source import PromptSet, PromptSource, load_prompts
+from trb_megatron.rollout.drafting import DraftCosts
+from trb_megatron.rollout.engine import RolloutEngine
+from trb_megatron.rollout.sequences import ResponseSpec
+from trb_megatron.rollout.step_settings import policy_at, responses_at
+from trb_megatron.run.folder import (
+    check_run_folder,
+    check_same_run,
+    lock_run_folder,
+    write_run_folder,
+)
+from trb_megatron.update.optimizer import build_optimizer, wrap_student
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a run needs to begin, and where in it that is.
+
+    Attributes:
+        rewards: grading processes on the leader of each replica, None on other ranks.
+        student_ddp: the student with gradient buffers, in Megatron's DistributedDataParallel.
+        lock: keeps other jobs out of the run's folder while it is open.
+        state: of the newest good checkpoint, or of a run that has not begun.
+    """
+
+    config: Config
+    layout: ParallelLayout
+    rewards: RewardWorkers | None
+    sources: ModelSources
+    prompt_set: PromptSet
+    models: Models
+    student_ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    engine: RolloutEngine
+    evaluator: Evaluator
+    lock: BinaryIO
+    state: TrainingState
+
+
+def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None) -> Setup:
+    """Read and check everything, load the models, lock the run's folder, and resume.
+
+    Collective over all ranks.
+
+    Raises:
+        ValueError: something that the user must change.
+        RunFolderError: the run's folder cannot be written to.
+    """
+    _describe_start(config, layout)
+    check_run_folder(config)
+    sources = ModelSources.read(config, with_teacher=config.is_distilling)
+    plan = _plan(config, sources, layout)
+    prompt_set = _read_prompts(config, sources)
+    problem_sets = load_problem_sets(config, sources.tokenizer)
+
+    models = Models.load(sources, config, layout, say=say)
+    _check_counts(plan, models, layout)
+    student_ddp = wrap_student(models.student, config.optimizer)
+    optimizer = build_optimizer(student_ddp, config.optimizer, DTYPES[config.training.precision])
+    engine = RolloutEngine(
+        models.student,
+        models.teacher,
+        layout,
+        config.rollout,
+        hidden_to_host=config.training.teacher_hidden_device == "host",
+        other_bytes=plan.memory[layout.pp_rank].rollouts,
+    )
+    evaluator = Evaluator(config, sources, problem_sets, engine, rewards, layout)
+    if config.is_distilling:  # before anything is written; the first step needs most
+        engine.check_cache(
+            config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            with_teacher=policy_at(0, config, sources, layout).needs_teacher,
+            what="data.max_prompt_tokens + rollout.max_response_tokens",
+        )
+
+    lock = lock_run_folder(config.run.dir, say=say)
+    state = _resume(config, prompt_set, student_ddp, optimizer)
+    write_run_folder(config)
+    policy = policy_at(state.step, config, sources, layout)
+    if config.rollout.draft_tokens == "auto" and policy.needs_teacher:
+        spec = responses_at(state.step, config, sources)
+        engine.draft_costs = _draft_costs(config, engine, policy, spec)
+    return Setup(
+        config=config,
+        layout=layout,
+        rewards=rewards,
+        sources=sources,
+        prompt_set=prompt_set,
+        models=models,
+        student_ddp=student_ddp,
+        optimizer=optimizer,
+        engine=engine,
+        evaluator=evaluator,
+        lock=lock,
+        state=state,
+    )
+
+
+def _describe_start(config: Config, layout: ParallelLayout) -> None:
+    kernel = flash_attention_version(layout.device, DTYPES[config.training.precision])
+    for line in (*describe_environment(layout.device, kernel), *describe_precision(config)):
+        say(line)
+    for warning in config_warnings(config):
+        say(f"warning: {warning}")
+
+
+def _plan(config: Config, sources: ModelSources, layout: ParallelLayout) -> Plan:
+    """Where everything will lie, said and, on a GPU, compared with its free memory."""
+    plan = make_plan(config, sources, dist.get_world_size())
+    memory = None
+    if layout.device.type == "cuda":
+        memory, _ = torch.cuda.mem_get_info(layout.device)
+    for line in describe_plan(plan, sources, config, memory):
+        say(line)
+    if memory is not None:
+        check_memory(plan, config, memory)
+    return plan
+
+
+def _check_counts(plan: Plan, models: Models, layout: ParallelLayout) -> None:
+    """Make sure that this rank's parameters are those that the plan gave it."""
+    for name, model in (("student", models.student), ("teacher", models.teacher)):
+        if model is not None:
+            planned = plan.models[name].stages[layout.pp_rank].num_parameters
+            found = sum(param.numel() for param in model.parameters())
+            assert found == planned, f"{name}: {found} parameters where the plan has {planned}"
+
+
+def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
+    data = config.data
+    prompt_set = load_prompts(
+        PromptSource(
+            path=data.path,
+            format=data.format,
+            columns=Columns(
+                data.prompt_column,
+                data.answer_column,
+                None if config.is_distilling else data.response_column,
+            ),
+            system_prompt=data.system_prompt,
+            apply_chat_template=data.apply_chat_template,
+            max_prompt_tokens=data.max_prompt_tokens,
+        ),
+        sources.tokenizer,
+    )
+    say(
+        f"prompts: {len(prompt_set.prompts):,} from {data.path}, {prompt_set.num_dropped:,} longer "
+        f"than {data.max_prompt_tokens} tokens dropped"
+    )
+    return prompt_set
+
+
+def _resume(
+    config: Config,
+    prompt_set: PromptSet,
+    student: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+) -> TrainingState:
+    """Continue from the newest good checkpoint of the run's folder, if there is one.
+
+    Raises:
+        ConfigError: it belongs to a run with another configuration or other prompts.
+        TrainingCheckpointError: there are checkpoints, and none can be used.
+    """
+    found = find_good_checkpoint(config.run.dir, say)
+    if found is None:
+        return TrainingState(
+            step=0,
+            prompt_position=0,
+            num_skipped=0,
+            evaluation_is_due=config.evaluation.at_start,
+            data_fingerprint=prompt_set.fingerprint,
+            config=config.model_dump(mode="json"),
+        )
+    checkpoint, state = found
+    check_same_run(checkpoint, parse_config(state.config), config)
+    if state.data_fingerprint != prompt_set.fingerprint:
+        raise ConfigError(
+            f"{config.data.path}: these are not the prompts that {checkpoint} was trained on; "
+            "restore them or choose another run.dir"
+        )
+    load_checkpoint(checkpoint, student, optimizer)
+    say(f"resumed from {checkpoint}")
+    return dataclasses.replace(state, config=config.model_dump(mode="json"))
+
+
+def _draft_costs(
+    config: Config, engine: RolloutEngine, policy: Policy, spec: ResponseSpec
+) -> DraftCosts:
+    """Costs of a rollout's rounds, measured when a run first starts and kept in its folder."""
+    file = config.run.dir / "draft_costs.json"
+    if file.is_file():
+        return DraftCosts(**json.loads(file.read_text()))
+    costs = engine.measure_draft_costs(policy, spec)
+    with written_together(file, config.run.dir):
+        if is_rank_zero():
+            write_file(file, json.dumps(dataclasses.asdict(costs)) + "\n")
+    return costs
