@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from trb_megatron.job.supervision import Supervisor, _is_lost_peer, _ranges
+from trb_megatron.job.supervision import Supervisor, describe_ranges, is_lost_peer
 
 NUM_RANKS = 3
 TIMEOUT_S = 5.0  # of collectives
@@ -215,9 +215,9 @@ def test_a_broken_collective_is_recognised_behind_another_error() -> None:
         except RuntimeError as lost:
             raise ValueError("the checkpoint could not be written") from lost
     except ValueError as error:
-        assert _is_lost_peer(error)
-    assert not _is_lost_peer(RuntimeError("out of memory"))
+        assert is_lost_peer(error)
+    assert not is_lost_peer(RuntimeError("out of memory"))
 
 
 def test_ranges_are_short() -> None:
-    assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert describe_ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"

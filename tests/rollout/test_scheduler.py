@@ -94,7 +94,7 @@ class Simulation:
                 owner = sequence.request.prompt_ids if is_prompt else sequence.number
                 found = self.contents[pages[position // PAGE_TOKENS]][position % PAGE_TOKENS]
                 assert found == (owner, position)
-        for prompt in self.scheduler._begun_prompts:
+        for prompt in self.scheduler.begun_prompts:
             needed.update(prompt.pages)
         in_use = self.table.num_pages - self.table.num_free
         assert in_use <= len(needed) + len(sequences)

@@ -140,7 +140,7 @@ class Supervisor:
             _print_reason(reason, error)
             sys.exit(status)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which ends it anyhow
-        lost_peer = _is_lost_peer(error)
+        lost_peer = is_lost_peer(error)
         try:
             if lost_peer:
                 reason = self.blame_others(reason)
@@ -177,7 +177,9 @@ class Supervisor:
         now = self._signs_of_life(self._all_ranks)
         silent = [rank for rank in now if now[rank] == before[rank] and rank != self._rank]
         if silent:
-            others = f" and {len(silent) - 1} more ({_ranges(silent[1:])})" if silent[1:] else ""
+            others = (
+                f" and {len(silent) - 1} more ({describe_ranges(silent[1:])})" if silent[1:] else ""
+            )
             return f"{_name(silent[0], now)}{others}: no sign of life; killed, stopped, or lost"
         return f"rank {self._rank}: {reason}\n{_name_places(now)}"
 
@@ -277,7 +279,7 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _is_lost_peer(error: BaseException | None) -> bool:
+def is_lost_peer(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, is a broken or timed-out collective."""
     while error is not None:
         names_backend = "gloo" in str(error) or "NCCL" in str(error)
@@ -294,7 +296,7 @@ def _print_reason(reason: str, error: BaseException | None) -> None:
         prefix += f"rank {rank} ({socket.gethostname()}): "
     lines = [prefix + reason]
     explains_itself = isinstance(error, RunError | OSError | KeyboardInterrupt)
-    if error is not None and not explains_itself and not _is_lost_peer(error):
+    if error is not None and not explains_itself and not is_lost_peer(error):
         lines += traceback.format_exception(error)
     print("\n".join(lines).rstrip(), file=sys.stderr, flush=True)
 
@@ -318,10 +320,10 @@ def _name_places(signs: dict[int, dict[str, Any]]) -> str:
     for rank, sign in signs.items():
         places.setdefault(sign.get("place", "not started"), []).append(rank)
     ordered = sorted(places.items(), key=lambda item: len(item[1]))
-    return "\n".join(f"  ranks {_ranges(ranks)}: {place}" for place, ranks in ordered)
+    return "\n".join(f"  ranks {describe_ranges(ranks)}: {place}" for place, ranks in ordered)
 
 
-def _ranges(ranks: list[int]) -> str:
+def describe_ranges(ranks: list[int]) -> str:
     """Ascending ranks in short, such as 0-2, 5."""
     runs: list[list[int]] = []
     for rank in ranks:

@@ -21,8 +21,8 @@ def describe_environment(device: torch.device, flash_attention: int | None) -> l
     `flash_attention` is the version that reads the paged cache, if any.
     """
     optional = {
-        "Transformer Engine": _version_of("transformer-engine", "transformer_engine.pytorch"),
-        "Apex": _version_of("apex", "apex.multi_tensor_apply"),
+        "Transformer Engine": installed_version("transformer-engine", "transformer_engine.pytorch"),
+        "Apex": installed_version("apex", "apex.multi_tensor_apply"),
     }
     versions = {
         "Python": platform.python_version(),
@@ -57,7 +57,7 @@ def describe_precision(config: Config) -> list[str]:
     ]
 
 
-def _version_of(distribution: str, module: str) -> str | None:
+def installed_version(distribution: str, module: str) -> str | None:
     """Version of an installed package; None when it lacks `module`.
 
     The module tells NVIDIA's Apex from the unrelated "apex" of the package index.

@@ -87,7 +87,7 @@ class Scheduler:
             prompt = self._prompts.setdefault(sequence.request.prompt_ids, _Prompt())
             prompt.waiting.append(sequence)
         self._new_prompts = deque(self._prompts.values())
-        self._begun_prompts: list[_Prompt] = []
+        self.begun_prompts: list[_Prompt] = []
         """Those that have had a rollout and have more waiting."""
 
     @property
@@ -97,7 +97,7 @@ class Scheduler:
 
     @property
     def has_waiting(self) -> bool:
-        return bool(self._preempted or self._new_prompts or self._begun_prompts)
+        return bool(self._preempted or self._new_prompts or self.begun_prompts)
 
     def is_done(self, group: SlotGroup) -> bool:
         """Whether a group has no more work, neither in its slots nor waiting."""
@@ -150,7 +150,7 @@ class Scheduler:
             return self._preempted[0]
         if self._new_prompts:
             return self._new_prompts[0].waiting[0]
-        return max(self._begun_prompts, key=lambda prompt: prompt.longest_response).waiting[0]
+        return max(self.begun_prompts, key=lambda prompt: prompt.longest_response).waiting[0]
 
     def _make_room_for(self, sequence: SequenceState, num_new: int, num_reserved: int) -> bool:
         """Whether it can enter, if need be after forgetting prompts that are merely kept.
@@ -200,9 +200,9 @@ class Scheduler:
         prompt.waiting.popleft()
         if self._new_prompts and self._new_prompts[0] is prompt:
             self._new_prompts.popleft()
-            self._begun_prompts.append(prompt)
+            self.begun_prompts.append(prompt)
         if not prompt.waiting:
-            self._begun_prompts = [p for p in self._begun_prompts if p is not prompt]
+            self.begun_prompts = [p for p in self.begun_prompts if p is not prompt]
 
     def _leave(self, sequence: SequenceState) -> None:
         self.page_table.truncate(sequence.slot, 0)
@@ -220,7 +220,7 @@ class Scheduler:
 
     def _forget_a_prompt(self, but: _Prompt | None = None) -> bool:
         """Let go of the pages of the kept prompt whose rollouts come last; False if none is."""
-        kept = [p for p in self._begun_prompts if p.pages and p is not but]
+        kept = [p for p in self.begun_prompts if p.pages and p is not but]
         if not kept:
             return False
         self._forget(min(kept, key=lambda prompt: prompt.longest_response))
