@@ -18,7 +18,8 @@ from trb_megatron.config.options import MOST_DRAFT_TOKENS
 
 NUM_PROMPTS, PER_PROMPT, PROMPT_TOKENS, LENGTH = 6, 4, 21, 16
 LONG_DRAFTS = (20, MOST_DRAFT_TOKENS)
-"""Longer than responses; sequences of a group differ in length by then."""
+LONG = 45
+"""Tokens of a response in which such drafts fit, while others in the slots are almost as long."""
 MEGABYTE = 2**20
 
 
@@ -69,9 +70,9 @@ class Bench:
 
         return ResponseSpec(max_response_tokens=max_response_tokens, stop_ids=(0,), seed=3, step=0)
 
-    def tokens(self, engine: Any) -> list[tuple[int, ...]]:
+    def tokens(self, engine: Any, max_response_tokens: int = LENGTH) -> list[tuple[int, ...]]:
         """Responses to all requests."""
-        rollouts = engine.generate(self.requests, self.policy, self.spec(LENGTH))
+        rollouts = engine.generate(self.requests, self.policy, self.spec(max_response_tokens))
         return [rollout.response_ids for rollout in rollouts]
 
 
@@ -89,8 +90,10 @@ def _run(folder: Path) -> dict[str, Any]:
     with _groups(2) as events:
         found["two groups"] = bench.tokens(bench.engine())
     found["events"] = events
-    for drafts in LONG_DRAFTS:
-        found[f"{drafts} drafts"] = bench.tokens(bench.engine(draft_tokens=drafts))
+    found["long"] = {
+        drafts: bench.tokens(bench.engine(draft_tokens=drafts), LONG)
+        for drafts in (3, *LONG_DRAFTS)
+    }
     try:
         bench.tokens(bench.engine(cache_gb=2e-5))
     except ValueError as error:
@@ -225,10 +228,13 @@ def test_same_tokens(results: dict[str, Any], variant: str) -> None:
 
 
 @pytest.mark.parametrize("drafts", LONG_DRAFTS)
-def test_drafts_beyond_the_responses_draw_the_same_tokens(
+def test_long_drafts_have_room_and_draw_the_same_tokens(
     results: dict[str, Any], drafts: int
 ) -> None:
-    assert results[f"{drafts} drafts"] == results["plain"]
+    expected = results["long"][3]
+    lengths = [len(response) for response in expected]
+    assert max(lengths) == LONG and min(lengths) < LONG - 20  # they end at different times
+    assert results["long"][drafts] == expected
 
 
 def test_a_host_that_waits_inside_a_draft_is_noticed(results: dict[str, Any]) -> None:
