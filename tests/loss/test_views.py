@@ -7,21 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.distributed.test_vocab_parallel import NUM_ROWS, NUM_VALID, build_logits
 from tests.ranks import run_distributed, vocab_shard
 from trb_megatron.distributed.vocab_parallel import all_gather, mask_invalid
 from trb_megatron.loss.views import view_model
 
-NUM_ROWS, NUM_VALID, TOP_K = 40, 97, 12
-
-
-def build_logits() -> Tensor:
-    """Rows with ties, removed ids, and mass in the first or last shard alone."""
-    generator = torch.Generator().manual_seed(1)
-    logits_NV = torch.randint(-3, 4, (NUM_ROWS, NUM_VALID), generator=generator).float()
-    logits_NV[:, [0, 5, 60]] = -torch.inf
-    logits_NV[3:5, :90] = -1e4
-    logits_NV[5, 10:] = -1e4
-    return logits_NV
+TOP_K = 12
 
 
 def support_ids() -> Tensor:

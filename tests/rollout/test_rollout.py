@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.layouts import LAYOUTS, ONE_RANK, Layout, ProbeResult
+from tests.layouts import LAYOUTS, ONE_RANK, PROBE_POLICIES, Layout, ProbeResult
 from tests.reference import dense_blend
 from tests.tiny import END_OF_TEXT, IM_END, TOKENIZER_SIZE
 
@@ -15,7 +15,7 @@ BUDGET = 0.05
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
-@pytest.mark.parametrize("policy", ["student", "blend", "greedy"])
+@pytest.mark.parametrize("policy", PROBE_POLICIES)
 def test_same_tokens_at_every_layout_number_of_slots_and_draft_length(
     probe_results: dict[Layout, ProbeResult], layout: Layout, policy: str
 ) -> None:
