@@ -85,10 +85,10 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_hf_weights.py::test_mapping_reads_shards_and_joins_them_exactly",),
     ),
     Mutant(
-        name="uniforms-counted-from-the-start-of-a-round",
+        name="keys-counted-from-the-start-of-a-round",
         claim="same tokens, loss and gradient norm at every layout",
-        old="drawing_uniforms(key_S1, first_S1 + torch.arange(num_positions))",
-        new="drawing_uniforms(key_S1, 0 * first_S1 + torch.arange(num_positions))",
+        old="position_keys(key_S1, first_S1 + torch.arange(num_positions))",
+        new="position_keys(key_S1, 0 * first_S1 + torch.arange(num_positions))",
         tests=(
             "test_rollout.py::test_same_tokens_at_every_layout_number_of_slots_and_draft_length",
         ),
@@ -115,11 +115,28 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_rollout.py::test_greedy_equals_a_loop_that_recomputes_everything",),
     ),
     Mutant(
-        name="one-uniform-decides-acceptance-and-residual",
+        name="residual-shares-the-noise-of-the-draft",
         claim="sampling frequencies follow μ",
-        old="uniforms_3N[Purpose.RESIDUAL],",
-        new="uniforms_3N[Purpose.ACCEPT],",
-        tests=("test_sequences.py::test_frequencies_of_all_responses_are_exact",),
+        old="key_N[rows_M], Purpose.RESIDUAL, tp_group=tp_group",
+        new="key_N[rows_M], Purpose.DRAFT, tp_group=tp_group",
+        tests=(
+            "test_sequences.py::test_frequencies_of_all_responses_are_exact",
+            "test_coupling.py::test_draws_follow_the_behavior_policy",
+        ),
+    ),
+    Mutant(
+        name="chunk-and-id-of-one-number-share-noise",
+        claim="rounding changes few tokens, and none of the law",
+        old="decision = purpose + len(Purpose) * (1 + level)",
+        new="decision = purpose + len(Purpose)",
+        tests=("test_sampling.py::test_samples_follow_the_softmax",),
+    ),
+    Mutant(
+        name="first-part-of-a-cut-chunk-stands-for-all-of-it",
+        claim="rounding changes few tokens, and none of the law",
+        old="mass_RN[origin] += head_RN[rank]",
+        new="mass_RN[origin] += 0 * head_RN[rank]",
+        tests=("test_sampling.py::test_equals_the_dense_rule_at_any_number_of_ranks",),
     ),
     Mutant(
         name="kept-hidden-states-in-the-order-of-rounds",

@@ -17,8 +17,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from trb_megatron.atomic_folder import write_file
+from trb_megatron.behavior import sampling
 from trb_megatron.behavior.policies import Policy
-from trb_megatron.checkpoint.folders import written_together
+from trb_megatron.checkpoint.folders import TrainingCheckpointError, written_together
 from trb_megatron.checkpoint.training import (
     TrainingState,
     find_good_checkpoint,
@@ -199,7 +200,8 @@ def _resume(
 
     Raises:
         ConfigError: it belongs to a run with another configuration or other prompts.
-        TrainingCheckpointError: there are checkpoints, and none can be used.
+        TrainingCheckpointError: there are checkpoints, and none can be used; or their run draws
+            tokens by another rule.
     """
     found = find_good_checkpoint(config.run.dir, say)
     if found is None:
@@ -210,8 +212,16 @@ def _resume(
             evaluation_is_due=config.evaluation.at_start,
             data_fingerprint=prompt_set.fingerprint,
             config=config.model_dump(mode="json"),
+            sampling=sampling.RULE,
         )
     checkpoint, state = found
+    if config.is_distilling and state.sampling != sampling.RULE:
+        raise TrainingCheckpointError(
+            f"{checkpoint}: its run draws tokens by another rule ({state.sampling}; now "
+            f"{sampling.RULE}), so a resumed run would be neither one nor the other; finish it with "
+            "the version that began it, or export it (megatron_to_hf) and start another run.dir "
+            "from that student"
+        )
     check_same_run(checkpoint, parse_config(state.config), config)
     if state.data_fingerprint != prompt_set.fingerprint:
         raise ConfigError(

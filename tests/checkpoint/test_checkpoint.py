@@ -262,6 +262,23 @@ def test_run_folder_of_another_run_is_refused(
         (folder / "prompts.jsonl").write_text(prompts)
 
 
+def test_run_that_draws_by_another_rule_is_refused(
+    config_file: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    newest = find_checkpoints(run_dir)[-1]
+    state = json.loads((newest / "training_state.json").read_text())
+    del state["sampling"]  # as the first versions wrote it
+    (newest / "training_state.json").write_text(json.dumps(state))
+    write_sums(newest)
+    options = (*OPTIONS, f"run.dir={run_dir}", "training.steps=9")
+    with pytest.raises(
+        TrainingCheckpointError, match=r"another rule \(inverse CDF; now Gumbel-max"
+    ):
+        run_distributed(_construct, 1, config_file, options)
+
+
 def _construct(config_file: Path, options: tuple[str, ...]) -> Any:
     make_trainer(config_file, options)
 

@@ -28,7 +28,7 @@ from trb_megatron.loss.fused import fused_loss
 from trb_megatron.loss.losses import LOSSES
 from trb_megatron.loss.rules import LossOptions
 from trb_megatron.loss.walk import FusedLossSettings, OutputLayer
-from trb_megatron.uniforms import drawing_uniforms
+from trb_megatron.uniforms import position_keys, rollout_key
 
 NUM_ROWS, NUM_IDS, HIDDEN_SIZE, TOP_K = 60, 1000, 24, 8
 WIDTH = 4  # bytes of a hidden state's number
@@ -109,7 +109,7 @@ class Shards(NamedTuple):
     group: dist.ProcessGroup
     student_NU: Tensor
     teacher_NU: Tensor
-    uniforms_3N: Tensor
+    key_N: Tensor
 
     @classmethod
     def build(cls) -> "Shards":
@@ -120,12 +120,8 @@ class Shards(NamedTuple):
         # Nearly deterministic models: their KL climbs in jumps, which take several rounds.
         student_NV[:20] *= 20
         teacher_NV[:20] = teacher_NV[:20].flip(0) * 30
-        uniforms_3N = drawing_uniforms(
-            torch.arange(NUM_ROWS), torch.zeros(NUM_ROWS, dtype=torch.long)
-        )
-        return cls(
-            group, vocab_shard(student_NV, group), vocab_shard(teacher_NV, group), uniforms_3N
-        )
+        key_N = position_keys(rollout_key(0, 0, torch.arange(NUM_ROWS), 0), torch.tensor(0))
+        return cls(group, vocab_shard(student_NV, group), vocab_shard(teacher_NV, group), key_N)
 
     @property
     def policy_options(self) -> dict[str, Any]:
@@ -161,8 +157,9 @@ def _measure_solver_and_draw(shards: Shards) -> dict[str, Measured]:
     assert tried.rounds > 4 and tried.evaluations > 2 * NUM_ROWS
 
     logprobs_NU = behavior.student.logprobs(), behavior.logprobs()
+    proposed_N = logprobs_NU[0].argmax(dim=-1)
     with CollectiveCounter() as counter:
-        drawn = draw_tokens(*logprobs_NU, *shards.uniforms_3N, tp_group=group)
+        drawn = draw_tokens(*logprobs_NU, proposed_N, shards.key_N, tp_group=group)
     rejected = int((~drawn.accepted).sum())
     assert 0 < rejected < NUM_ROWS
     draw = _sum_up(counter, communication.draw_bytes(NUM_ROWS, rejected, tp_size))
@@ -170,16 +167,16 @@ def _measure_solver_and_draw(shards: Shards) -> dict[str, Measured]:
 
 
 def _measure_policies(shards: Shards) -> dict[str, Measured]:
-    tp_size, uniforms_3N = dist.get_world_size(), shards.uniforms_3N
+    tp_size, key_N = dist.get_world_size(), shards.key_N
     policy = BlendPolicy(kl_budget=0.02, **shards.policy_options)
     with CollectiveCounter() as counter:
-        policy.propose(shards.student_NU, uniforms_3N)
+        proposal = policy.propose(shards.student_NU, key_N)
     expected = communication.proposal_bytes(NUM_ROWS, tp_size)
     expected += communication.stop_bytes(NUM_ROWS, 1, tp_size)
     measured = {"proposal": _sum_up(counter, expected)}
 
     with CollectiveCounter() as counter, EvaluationCounter() as tried:
-        _, record = policy.draw(shards.student_NU, shards.teacher_NU, uniforms_3N)
+        _, record = policy.draw(proposal, shards.student_NU, shards.teacher_NU, key_N)
     rejected = int((~record.accepted).sum())
     expected = communication.blend_bytes(NUM_ROWS, tried.evaluations, tp_size)
     expected += communication.stop_bytes(NUM_ROWS, 1 + 2, tp_size)
@@ -188,9 +185,10 @@ def _measure_policies(shards: Shards) -> dict[str, Measured]:
     measured["policy"] = _sum_up(counter, expected)
 
     with CollectiveCounter() as counter:
-        StudentPolicy(**shards.policy_options).draw(shards.student_NU, None, uniforms_3N)
+        student = StudentPolicy(**shards.policy_options)
+        student.draw(student.propose(shards.student_NU, key_N), shards.student_NU, None, key_N)
     expected = communication.proposal_bytes(NUM_ROWS, tp_size)
-    expected += communication.stop_bytes(NUM_ROWS, 1 + 1, tp_size)
+    expected += communication.stop_bytes(NUM_ROWS, 1, tp_size)
     measured["student's draw"] = _sum_up(counter, expected)
     return measured
 

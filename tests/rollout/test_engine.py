@@ -123,11 +123,11 @@ def _peaks_of_ten_thousand(bench: Bench) -> list[int]:
 
 
 def _checking(*args: Any, **kwargs: Any) -> Any:
-    from trb_megatron.distributed.vocab_parallel import sample_softmax
+    from trb_megatron.behavior.sampling import sample_softmax
 
-    ids_N, log_normalizer_N = sample_softmax(*args, **kwargs)
-    assert log_normalizer_N.isfinite().all()
-    return ids_N, log_normalizer_N
+    sample = sample_softmax(*args, **kwargs)
+    assert sample.logprobs.isfinite().all()
+    return sample
 
 
 def _recording() -> Any:
@@ -135,10 +135,15 @@ def _recording() -> Any:
     from trb_megatron.models import decode_graphs
 
     def record(
-        step: Callable[[], torch.Tensor],
-    ) -> tuple[Callable[[], None], torch.Tensor]:
-        result = step()
-        return lambda: result.copy_(step()), result
+        step: Callable[[], tuple[torch.Tensor, ...]],
+    ) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
+        results = step()
+
+        def replay() -> None:
+            for result, value in zip(results, step(), strict=True):
+                result.copy_(value)
+
+        return replay, results
 
     return mock.patch.object(decode_graphs, "record_cuda_graph", record)
 
