@@ -126,14 +126,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="chunk-and-id-of-one-number-share-noise",
-        claim="rounding changes few tokens, and none of the law",
+        claim="a draw on two levels equals its dense rule",
         old="decision = purpose + len(Purpose) * (1 + level)",
         new="decision = purpose + len(Purpose)",
         tests=("test_sampling.py::test_samples_follow_the_softmax",),
     ),
     Mutant(
         name="first-part-of-a-cut-chunk-stands-for-all-of-it",
-        claim="rounding changes few tokens, and none of the law",
+        claim="a draw on two levels equals its dense rule",
         old="mass_RN[origin] += head_RN[rank]",
         new="mass_RN[origin] += 0 * head_RN[rank]",
         tests=("test_sampling.py::test_equals_the_dense_rule_at_any_number_of_ranks",),
@@ -277,7 +277,7 @@ MUTANTS: tuple[Mutant, ...] = (
         claim="ties of the top-k go to the lowest id",
         old="equal_MU.cumsum(dim=-1) <= num_wanted_M1",
         new="equal_MU.flip(-1).cumsum(dim=-1).flip(-1) <= num_wanted_M1",
-        tests=("test_vocab_parallel.py::test_topk_and_argmax_break_ties_by_id",),
+        tests=("test_vocab_parallel.py::test_topk_breaks_ties_by_id",),
     ),
     Mutant(
         name="budget-annealed-one-step-early",

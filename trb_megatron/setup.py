@@ -218,9 +218,9 @@ def _resume(
     if config.is_distilling and state.sampling != sampling.RULE:
         raise TrainingCheckpointError(
             f"{checkpoint}: its run draws tokens by another rule ({state.sampling}; now "
-            f"{sampling.RULE}), so a resumed run would be neither one nor the other; finish it with "
-            "the version that began it, or export it (megatron_to_hf) and start another run.dir "
-            "from that student"
+            f"{sampling.RULE}), so a resumed run would be neither one nor the other; finish it "
+            "with the version that began it, or export it (megatron_to_hf) and start another "
+            "run.dir from that student"
         )
     check_same_run(checkpoint, parse_config(state.config), config)
     if state.data_fingerprint != prompt_set.fingerprint:
