@@ -310,7 +310,8 @@ def compare_responses(base: Drawn, other: Drawn, policy: str) -> str:
         if name != policy:
             continue
         for first, second in zip(firsts, other.tokens[name, seed], strict=True):
-            common = len(os.path.commonprefix((first, second)))
+            is_same = [a == b for a, b in zip(first, second, strict=True)]
+            common = [*is_same, False].index(False)
             responses += 1
             compared += min(common + 1, len(first))
             differing += common < len(first)

@@ -256,21 +256,18 @@ def _draw_id(
 ) -> tuple[Tensor, Tensor]:
     """Draw an id of the chunk by its weights; ids and their values (float64), [N].
 
-    One all-gather: the best of each rank. Every rank looks at its part of the chunk, if only to
-    find nothing: that is cheaper than to know which rows are here.
+    One all-gather, besides a shard that is whole: the best of each rank. Every rank looks at its
+    part of the chunk, if only to find nothing: that is cheaper than to know which rows are here.
     """
-    noise_NW = exponential_noise(key_N, purpose, Level.ID, ids_NW)
-    score_NW = weights_NW / noise_NW
+    score_NW = weights_NW / exponential_noise(key_N, purpose, Level.ID, ids_NW)
     best_N1 = score_NW.argmax(dim=-1, keepdim=True)
-    parts_3N = torch.stack(
-        (
-            score_NW.gather(-1, best_N1)[:, 0] * chunk.scale_N,
-            ids_NW.gather(-1, best_N1)[:, 0].double(),
-            values_NW.gather(-1, best_N1)[:, 0].double(),
-        )
-    )
+    ids_N, values_N = ids_NW.gather(-1, best_N1)[:, 0], values_NW.gather(-1, best_N1)[:, 0]
+    # Logits that cannot be used must not lead beyond the vocabulary.
+    ids_N = ids_N.clamp_max_(shard.starts.stop - 1)
+    if shard.is_whole:
+        return ids_N, values_N.double()
+    score_N = score_NW.gather(-1, best_N1)[:, 0] * chunk.scale_N
+    parts_3N = torch.stack((score_N, ids_N.double(), values_N.double()))
     score_RN, ids_RN, values_RN = all_gather(parts_3N, shard.tp_group).unbind(dim=1)
     owner_1N = score_RN.argmax(dim=0, keepdim=True)
-    # Logits that cannot be used must not lead beyond the vocabulary.
-    ids_N = ids_RN.gather(0, owner_1N)[0].long().clamp_max_(shard.starts.stop - 1)
-    return ids_N, values_RN.gather(0, owner_1N)[0]
+    return ids_RN.gather(0, owner_1N)[0].long(), values_RN.gather(0, owner_1N)[0]
