@@ -102,6 +102,16 @@ def backward_bytes(
     return halves * _half(tokens, hidden_size, tp_size, width)
 
 
+def shared_group_bytes(
+    tokens: int, num_layers: int, num_qkv_rows: int, tp_size: int, passes: int, width: int = BF16
+) -> int:
+    """Where ranks share a query group: queries, keys and values of all heads, in each layer.
+
+    Each forward, backward and recomputation is a pass: an all-gather, or a reduce-scatter.
+    """
+    return passes * num_layers * _half(tokens, num_qkv_rows, tp_size, width)
+
+
 def loss_gradient_bytes(tokens: int, hidden_size: int, tp_size: int, width: int = BF16) -> int:
     """The fused loss: one all-reduce of the gradient of the hidden states."""
     return 2 * _half(tokens, hidden_size, tp_size, width)

@@ -14,6 +14,7 @@ import trb_megatron.distributed.layout  # noqa: F401  (silences Megatron's impor
 from trb_megatron.huggingface.kinds import Shape
 from trb_megatron.huggingface.param_mapping import MappedParam
 
+PARALLEL_OPTIONS = ("--tensor-parallel", "--pipeline-parallel")
 # Buffers, the metadata of all tensors, and what the allocator holds back.
 _OVERHEAD_BYTES = 128 * 2**20
 

@@ -80,9 +80,39 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="each-rank-reads-the-first-query-groups",
         claim="logits equal transformers' within 1e-4",
-        old="tensor[groups.start * rows : groups.stop * rows]",
-        new="tensor[: (groups.stop - groups.start) * rows]",
+        old="tensor[first * rows : stop * rows]",
+        new="tensor[: (stop - first) * rows]",
         tests=("test_hf_weights.py::test_mapping_reads_shards_and_joins_them_exactly",),
+    ),
+    Mutant(
+        name="each-rank-reads-the-first-rows-of-a-shared-query-group",
+        claim="HF → Megatron → HF is bit-identical",
+        old="num_before = part.start - first * group_size",
+        new="num_before = 0",
+        tests=("test_hf_weights.py::test_grouped_qkv_layout_is_megatrons",),
+    ),
+    Mutant(
+        name="ranks-of-a-query-group-draft-with-its-first-queries",
+        claim="same tokens, loss and gradient norm at every layout",
+        old="group_N1X.narrow(-1, rank_in_group * num_features, num_features)",
+        new="group_N1X.narrow(-1, 0, num_features)",
+        tests=(
+            "test_rollout.py::test_same_tokens_at_every_layout_number_of_slots_and_draft_length",
+        ),
+    ),
+    Mutant(
+        name="gathered-projections-planned-as-if-cut",
+        claim="the plan of a run has the parameters and bytes of real ranks",
+        old="projected = float(model.num_qkv_rows)",
+        new="projected = model.num_qkv_rows / self.tp_size",
+        tests=("test_plan.py::test_activations_of_a_layer_by_hand",),
+    ),
+    Mutant(
+        name="query-groups-that-ranks-can-neither-own-nor-share",
+        claim="a layout that a model cannot be cut into is refused",
+        old="if groups % tp_size != 0 and tp_size % groups != 0:",
+        new="if groups > tp_size and groups % tp_size != 0:",
+        tests=("test_hf_config.py::test_sizes_that_fit_a_model_are_listed",),
     ),
     Mutant(
         name="keys-counted-from-the-start-of-a-round",

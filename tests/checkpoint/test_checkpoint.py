@@ -181,12 +181,16 @@ def test_last_checkpoints_are_kept(undisturbed: Path) -> None:
     assert (state.step, state.prompt_position) == (4, 16)
 
 
+@pytest.mark.parametrize("sizes", [{6: 2}, {5: 4, 6: 2}], ids=str)
 def test_run_resumes_at_another_layout(
-    config_file: Path, undisturbed: Path, interrupted: Path
+    config_file: Path, undisturbed: Path, interrupted: Path, sizes: dict[int, int]
 ) -> None:
-    run_dir = config_file.parent / "elsewhere"
-    layout = "parallel.tensor_model_parallel_size=2"
-    train(config_file, 2, *OPTIONS, layout, f"run.dir={run_dir}", "training.steps=6")
+    """At TP 2 to step 6; at TP 4, where ranks share query groups, to step 5 and then at TP 2."""
+    run_dir = config_file.parent / f"elsewhere-{len(sizes)}"
+    shutil.copytree(config_file.parent / "elsewhere", run_dir)
+    for steps, tp in sizes.items():
+        layout = f"parallel.tensor_model_parallel_size={tp}"
+        train(config_file, tp, *OPTIONS, layout, f"run.dir={run_dir}", f"training.steps={steps}")
     rows, expected = read_metrics(run_dir), read_metrics(undisturbed)
     assert len(rows) == len(expected) == 6
     for row, reference in zip(rows, expected, strict=True):

@@ -24,6 +24,7 @@ from trb_megatron.behavior.moments import evaluate
 from trb_megatron.behavior.policies import BlendPolicy, StudentPolicy
 from trb_megatron.behavior.solver import solve_behavior
 from trb_megatron.behavior.stop_alignment import StopAlignment
+from trb_megatron.huggingface.config import HFModelConfig
 from trb_megatron.loss.fused import fused_loss
 from trb_megatron.loss.losses import LOSSES
 from trb_megatron.loss.rules import LossOptions
@@ -245,7 +246,7 @@ def test_only_the_gradient_of_the_loss_is_reduced(shards: list[dict[str, Measure
 # ---------------------------------------------------------------- a training step
 
 
-def measure_training(config_file: Path) -> dict[str, Measured]:
+def measure_training(config_file: Path, models: tuple[str, ...]) -> dict[str, Measured]:
     """The teacher's pass, and the student's forward, backward and update, at TP 2 x DP 2."""
     from tests.runs import make_trainer
     from trb_megatron.batch import Rollout, build_microbatches
@@ -256,6 +257,7 @@ def measure_training(config_file: Path) -> dict[str, Measured]:
         "parallel.sequence_parallel=true",
         "training.recompute_activations=true",
         "rollout.keep_teacher_hidden=false",
+        *models,
     )
     trainer = make_trainer(config_file, overrides)
     layout = trainer.layout
@@ -272,7 +274,9 @@ def measure_training(config_file: Path) -> dict[str, Measured]:
         microbatches = trainer.teacher(microbatches, policy)
     teacher = trainer.sources.teacher
     sizes = (teacher.num_layers, teacher.hidden_size, 2)
-    measured = {"teacher": _sum_up(counter, communication.forward_bytes(num_tokens, *sizes, WIDTH))}
+    expected = communication.forward_bytes(num_tokens, *sizes, WIDTH)
+    expected += _expected_of_groups(teacher, num_tokens, passes=1)
+    measured = {"teacher": _sum_up(counter, expected)}
 
     with CollectiveCounter() as counter:
         trainer.gradients(microbatches)
@@ -301,10 +305,19 @@ def _expected_of_student(trainer: Any, num_tokens: int, num_loss_tokens: int) ->
         + communication.backward_bytes(
             num_tokens, *sizes, sequence_parallel=True, recompute=True, width=WIDTH
         )
+        + _expected_of_groups(student, num_tokens, passes=3)
         + communication.topk_loss_bytes(num_loss_tokens, trainer.config.loss.top_k, 2)
         + communication.stop_bytes(num_loss_tokens, num_stops, 2)
         + communication.loss_gradient_bytes(num_loss_tokens, student.hidden_size, 2, WIDTH)
         + communication.norm_gradient_bytes(norms, 2)
+    )
+
+
+def _expected_of_groups(model: HFModelConfig, num_tokens: int, passes: int) -> int:
+    if model.num_query_groups >= 2:
+        return 0
+    return communication.shared_group_bytes(
+        num_tokens, model.num_layers, model.num_qkv_rows, 2, passes, WIDTH
     )
 
 
@@ -317,12 +330,18 @@ def _of_group(
     return Measured(calls, sum(counter.sent[key] for key in keys), expected)
 
 
-@pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Measured]]:
+@pytest.fixture(scope="module", params=["two query groups", "one"])
+def training(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Measured]]:
+    """Of a student with so many query groups."""
     from tests.layouts import write_inputs  # imports transformers, which every rank would do
 
     config_file = write_inputs(tmp_path_factory.mktemp("communication"))
-    return run_distributed(measure_training, 4, config_file, timeout_s=300)
+    folder = config_file.parent
+    swapped = (f"student.path={folder}/teacher", f"teacher.path={folder}/student")
+    models = swapped if request.param == "one" else ()
+    return run_distributed(measure_training, 4, config_file, models, timeout_s=300)
 
 
 @pytest.mark.parametrize("name", ["teacher", "student", "gradients"])
