@@ -150,6 +150,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_conversion.py::test_round_trip_is_exact",),
     ),
     Mutant(
+        name="layers-that-stay-keep-their-numbers",
+        claim="a checkpoint with layers dropped is, bit for bit,",
+        old="new_number = {old: new for new, old in enumerate(kept)}",
+        new="new_number = {old: old for new, old in enumerate(kept)}",
+        tests=("test_drop_layers.py::test_equals_transformers_model_without_the_layers",),
+    ),
+    Mutant(
         name="incomplete-folder-read-like-a-complete-one",
         claim="a killed conversion leaves nothing that looks complete",
         old="if path.name.endswith(PARTIAL_SUFFIX):",
