@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("trb_megatron", "checkpoints_tools")
 TIMEOUT_S = 400
-MARKERS = "not slow and not gpu and not multi_gpu"
+MARKERS = "not slow and not gpu and not multi_gpu and not real"
 
 KILLED, SURVIVED, COULD_NOT_RUN = "killed", "SURVIVED", "could not run"
 
@@ -195,6 +195,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="starts = [group * group_size + sum(rows[:j])",
         new="starts = [group * group_size + j * rows[j]",
         tests=("test_conversion.py::test_round_trip_is_exact",),
+    ),
+    Mutant(
+        name="layers-that-stay-keep-their-numbers",
+        claim="a checkpoint with layers dropped is, bit for bit,",
+        old="new_number = {old: new for new, old in enumerate(kept)}",
+        new="new_number = {old: old for new, old in enumerate(kept)}",
+        tests=("test_drop_layers.py::test_equals_transformers_model_without_the_layers",),
     ),
     Mutant(
         name="incomplete-folder-read-like-a-complete-one",
