@@ -88,11 +88,11 @@ class Trainer:
         )
         self._answers = {prompt.index: prompt.answer for prompt in self.prompt_set.prompts}
 
-    def train(self) -> None:
+    def train(self) -> bool:
         """Run all remaining steps, evaluating and saving on the way, and export the student.
 
-        Asked to stop (see `stopping`), finish the step, save and return; the evaluation that the
-        step may have been due for is made up for when the run goes on. The run folder's lock is
+        Asked to stop (see `stopping`), finish the step, save and return True; the evaluation that
+        the step may have been due for is made up for when the run goes on. The run folder's lock is
         given up at the end.
         """
         with self.lock, RunLog(self.config, self.step) as log, StopRequests() as stop_requests:
@@ -106,9 +106,10 @@ class Trainer:
                     )
                     log.write(message)
                     stop_requests.confirm(message)
-                    return
+                    return True
             if self.config.checkpoint.export_hf:
                 self.export()
+            return False
 
     def _run_step(self, log: RunLog, stop_requests: StopRequests) -> str | None:
         """Train a step, evaluate, record and save as is due; the reason to stop after it, if any.
