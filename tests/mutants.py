@@ -463,8 +463,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="lost-reward-worker-not-counted",
         claim="a reward worker that hangs or dies is counted",
-        old='return None if verdict == b"" else verdict == b"1"',
-        new='return verdict == b"1"',
+        old="self.num_timeouts = sum(grade.timed_out for grade in grades)",
+        new="self.num_timeouts = 0",
         tests=("test_rewards.py::test_lost_worker_is_replaced_and_its_response_scores_zero",),
     ),
     Mutant(
@@ -473,6 +473,20 @@ MUTANTS: tuple[Mutant, ...] = (
         old="signal.setitimer(signal.ITIMER_REAL, 0)",
         new="pass",
         tests=("test_rewards.py::test_limit_is_for_each_response",),
+    ),
+    Mutant(
+        name="numerals-taken-for-units",
+        claim="a unit behind a boxed number does not count, and whatever says more does",
+        old="and word not in _NO_UNITS",
+        new="and word",
+        tests=("test_rewards.py::test_words_that_mean_more_than_a_unit_count",),
+    ),
+    Mutant(
+        name="plain-letters-left-to-math-verify",
+        claim="a unit behind a boxed number does not count, and whatever says more does",
+        old="if len(answer) > _LONGEST_QUANTITY:",
+        new="if answer.endswith('eggs'):",
+        tests=("test_rewards.py::test_units_do_not_count",),
     ),
     Mutant(
         name="system-prompt-put-before-the-messages-own",

@@ -4,20 +4,21 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from trb_megatron.evaluation.rewards import MATH_VERIFY_WORKER, RewardWorkers
+from trb_megatron.evaluation.rewards import MATH_VERIFY_WORKER, Grade, RewardWorkers
 
 # A worker whose verdict, sleep or death is what the response asks for.
 SCRIPTED_WORKER = """\
 import os, signal, sys, time
 sys.path.insert(0, {repository!r})
-from trb_megatron.evaluation.rewards import serve
+from trb_megatron.evaluation.grader import serve
 
-def is_correct(response, answers):
+def grade(response, answers):
     print("noise from a library")
     if response == "hang":
         time.sleep(60)
@@ -31,9 +32,9 @@ def is_correct(response, answers):
     if response == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(float(response) if response[:1].isdigit() else 0)
-    return response in answers
+    return response in answers, response
 
-serve(is_correct, float(sys.argv[1]))
+serve(grade, float(sys.argv[1]))
 """
 
 
@@ -64,6 +65,95 @@ def test_final_answers() -> None:
         assert workers.score(responses, answers) == list(expected)
         assert workers.num_timeouts == 0
         assert workers.score([], []) == []
+
+
+GradeBoxed = Callable[[Sequence[tuple[str, str]]], list[float]]
+
+
+@pytest.fixture(scope="module")
+def grade_boxed() -> Iterator[GradeBoxed]:
+    """Rewards of pairs: what a response has in its box, and the right answer."""
+    with RewardWorkers(workers=2, timeout_s=30.0) as workers:
+        yield lambda pairs: workers.score(
+            [f"Let me think. So it is \\boxed{{{boxed}}}." for boxed, _ in pairs],
+            [answer for _, answer in pairs],
+        )
+
+
+UNITS = (
+    "{} eggs", r"{}\text{{ eggs}}", r"{} \, \text{{eggs}}", "{}~eggs", r"\text{{{} eggs}}", r"\${}",
+    "${}$", "{} dollars", "{} USD", "£{}", "{} km/h", r"{} \mathrm{{km/h}}", r"{}^\circ", "{}°C",
+    r"{}^{{\circ}}\text{{C}}", "{} degrees Celsius", r"{}\%", "{} percent", "{} m", "{}cm", "{} L",
+    "{} m^2", r"{}\text{{ cm}}^2", r"{}\mathrm{{~cm}}^{{3}}", "{} m/s^{{2}}", "{} meters squared",
+    r"{} \frac{{\text{{km}}}}{{\text{{h}}}}", "{} eggs per day", "{} miles an hour", "{} times",
+    "{} gallons of milk", "{} more apples", "{} years old.", "x = {} eggs", "{}.", "{} pm", "{}th",
+    "{} mins",
+)  # fmt: skip
+
+
+def test_units_do_not_count(grade_boxed: GradeBoxed) -> None:
+    assert grade_boxed([(unit.format(18), "18") for unit in UNITS]) == [1.0] * len(UNITS)
+    assert grade_boxed([("18", unit.format(18)) for unit in UNITS]) == [1.0] * len(UNITS)
+    assert grade_boxed([(unit.format(18), "18 eggs") for unit in UNITS]) == [1.0] * len(UNITS)
+    assert grade_boxed([(unit.format(18), "81") for unit in UNITS]) == [0.0] * len(UNITS)
+
+
+@pytest.mark.parametrize("value", ["1,800", "0.5", "-18", r"\frac{3}{4}", "3/4", "1 1/2"])
+def test_units_stand_behind_any_number(grade_boxed: GradeBoxed, value: str) -> None:
+    assert grade_boxed([(f"{value} eggs", value), (value, f"{value} eggs")]) == [1.0, 1.0]
+
+
+MEANS_MORE = [
+    ("18 or 20", "18"), ("18 or 20", "20"), ("x = 18 or x=3", "18"), ("18 and 20", "18"),
+    (r"18 \text{ or } 20", "18"), ("18, 20", "18"), ("18 to 20", "18"), ("18-20", "18"),
+    ("2x", "2"), ("2 x", "2"), ("2xy", "2"), ("2abcd", "2"), ("2n", "2"), ("3 i", "3"), ("3i", "3"),
+    ("18 e", "18"), ("2 pi", "2"), (r"2\pi", "2"), ("2 sqrt(3)", "2"), ("2 sinx", "2"),
+    ("2 log", "2"), ("2 theta", "2"), ("5!", "5"), ("5 million", "5"), ("5 million dollars", "5"),
+    ("5 thousand", "5"), ("5 hundred", "5"), ("2 dozen eggs", "2"), ("5k", "5"), ("5 M", "5"),
+    (r"5 \text{ million}", "5"), (r"2\text{ dozen eggs}", "2"), (r"\$5 \text{ billion}", "5"),
+    ("1 1/2", "1"), ("1 1/2 cups", "1"), (r"1\frac{1}{2} cups", "1"), ("18 and a half", "18"),
+    ("5 thirds", "5"), ("5 halves", "5"), ("18 hours 30 minutes", "18"), ("18 feet 3 inches", "18"),
+    (r"18\text{ hours } 30 \text{ minutes}", "18"), ("18 apples and 3 pears", "18"),
+    (r"18\text{ apples and } 3\text{ pears}", "18"), (r"18 \text{ more than } x", "18"),
+    ("18 more than 2", "18"), ("18 percent of 2", "18"), ("18 out of 20", "18"), ("18:30", "18"),
+    ("18 squared", "18"), ("18 choose 2", "18"), ("18 times as many as 2", "18"), ("2t", "2"),
+    ("2ab", "2"), ("2 c", "2"), ("2d", "2"), ("18 + 2 eggs", "18"), ("18 + 2 eggs", "2"),
+    ("3 \\cdot 6 eggs", "6"), ("not 18", "18"), ("18,20 eggs", "18"), ("18, 20 eggs", "20"),
+]  # fmt: skip
+
+
+def test_words_that_mean_more_than_a_unit_count(grade_boxed: GradeBoxed) -> None:
+    rewards = grade_boxed(MEANS_MORE)
+    assert [pair for pair, reward in zip(MEANS_MORE, rewards, strict=True) if reward] == []
+    reversed_pairs = [(answer, boxed) for boxed, answer in MEANS_MORE]
+    rewards = grade_boxed(reversed_pairs)
+    assert [pair for pair, reward in zip(reversed_pairs, rewards, strict=True) if reward] == []
+
+
+def test_words_that_count_are_numbers(grade_boxed: GradeBoxed) -> None:
+    pairs = [
+        ("5 million", "5000000"), (r"\$2.5 \text{ million}", "2,500,000"), ("3 dozen eggs", "36"),
+        ("2 hundred thousand", "200000"), ("1 1/2", "1.5"), (r"2\frac{1}{4}\text{ cups}", "9/4"),
+        ("2t", "2t"), ("2ab", "2ba"), ("18 or 20", "20 or 18"), ("3x eggs", "3x eggs"),
+    ]  # fmt: skip
+    assert grade_boxed(pairs) == [1.0] * len(pairs)
+
+
+def test_what_was_extracted_is_told(scripted: list[str]) -> None:
+    responses = [
+        "So \\boxed{18 eggs}.",
+        "I think it is 7.",
+        "I do not know",
+        "\\boxed{1} or \\boxed{2}",
+    ]
+    with RewardWorkers(workers=1, timeout_s=30.0) as workers:
+        grades = workers.grade(responses, ["18", "8", "8", "8"])
+    assert [grade.extracted for grade in grades] == ["18", "7", None, "1,2"]
+    assert [grade.is_right for grade in grades] == [True, False, False, False]
+    long = "a" * 100_000
+    with RewardWorkers(workers=1, timeout_s=0.5, command=scripted) as workers:
+        found = workers.grade([long, "crash"], [long, "crash"])
+    assert found == [Grade(True, long), Grade(False, timed_out=True)]
 
 
 def test_expression_that_is_too_large_scores_zero_in_time() -> None:

@@ -1,44 +1,58 @@
-"""Rewards: 1.0 for a response whose final answer math-verify finds right, else 0.0.
+"""Rewards: 1.0 for a response whose final answer is right, else 0.0.
 
 Grading runs in worker processes with a time limit for each answer, because a response can hold an
-expression that keeps sympy busy for hours or brings its process down. A worker is this very file,
-run as a script: it starts in a fraction of a second and imports math-verify, but neither torch nor
-the program that asked. It reads one JSON line `[response, answers]` at a time from standard input
-and writes one byte: `r` once when it is ready, then `1` or `0` for each line.
+expression that keeps sympy busy for hours or brings its process down. `grader` is what a worker
+runs, and says what it reads and writes.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import resource
 import select
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # a worker must not import the package
-    from trb_megatron.config.options import RewardsConfig
-    from trb_megatron.distributed.layout import ParallelLayout
+from trb_megatron.config.options import RewardsConfig
+from trb_megatron.distributed.layout import ParallelLayout
+from trb_megatron.evaluation import grader
 
 # -P keeps this folder, and thus the package's module names, off the worker's import path.
-MATH_VERIFY_WORKER = (sys.executable, "-P", os.path.abspath(__file__))
+MATH_VERIFY_WORKER = (sys.executable, "-P", os.path.abspath(grader.__file__))
 _START_S = 120.0
 _PARENT_GRACE_S = 5.0  # beyond a worker's own limit, for one that was stopped and cannot keep it
-_WORKER_MEMORY_BYTES = 4 * 2**30  # of address space: 9^{9^{9^9}} is refused, not computed
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What grading made of a response.
+
+    Attributes:
+        extracted: its final answer as it was read; None where there is none.
+        timed_out: grading took too long or ended its worker, so the response does not count as
+            right.
+    """
+
+    is_right: bool
+    extracted: str | None = None
+    timed_out: bool = False
+
+    @property
+    def reward(self) -> float:
+        return float(self.is_right)
 
 
 class RewardWorkers:
     """A pool of grading processes; use it as a context manager.
 
-    `num_timeouts` counts the responses of the last `score` that got 0 because grading took longer
+    `num_timeouts` counts the responses of the last `grade` that got 0 because grading took longer
     than `timeout_s` or ended their worker, which was then replaced.
     """
 
@@ -69,27 +83,33 @@ class RewardWorkers:
     def score(
         self, responses: Sequence[str], answers: Sequence[str | Sequence[str]]
     ) -> list[float]:
+        """The rewards of `grade`."""
+        return [grade.reward for grade in self.grade(responses, answers)]
+
+    def grade(
+        self, responses: Sequence[str], answers: Sequence[str | Sequence[str]]
+    ) -> list[Grade]:
         """Grade each response against its answer, or against several of which any one is right.
 
-        Returns rewards in the order of the responses. Raises RuntimeError when workers do not
+        Returns grades in the order of the responses. Raises RuntimeError when workers do not
         start.
         """
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
         acceptable = [[a] if isinstance(a, str) else list(a) for a in answers]
-        verdicts = list(self._threads.map(self._grade, responses, acceptable))
-        self.num_timeouts = verdicts.count(None)
-        return [1.0 if verdict else 0.0 for verdict in verdicts]
+        grades = list(self._threads.map(self._grade, responses, acceptable))
+        self.num_timeouts = sum(grade.timed_out for grade in grades)
+        return grades
 
-    def _grade(self, response: str, answers: list[str]) -> bool | None:
-        """Grade in the next idle worker; None when the worker did not survive it."""
+    def _grade(self, response: str, answers: list[str]) -> Grade:
+        """Grade in the next idle worker, which is replaced if it does not survive that."""
         worker = self._idle.get()
         try:
-            verdict = worker.grade(response, answers)
-            if verdict is None:
+            grade = worker.grade(response, answers)
+            if grade.timed_out:
                 worker.stop()
                 worker = _Worker(self._command, self._timeout_s)
-            return verdict
+            return grade
         finally:
             self._idle.put(worker)
 
@@ -115,8 +135,8 @@ class _Worker:
         )
         self._is_ready = False
 
-    def grade(self, response: str, answers: list[str]) -> bool | None:
-        """Send one response and wait for its verdict; None when there is none in time."""
+    def grade(self, response: str, answers: list[str]) -> Grade:
+        """Send one response and wait for its grade."""
         if not self._is_ready:
             self._wait_until_ready()
         stdin = self._process.stdin
@@ -125,19 +145,28 @@ class _Worker:
             stdin.write(json.dumps([response, answers]).encode() + b"\n")
             stdin.flush()
         except BrokenPipeError:
-            return None
-        verdict = self._read(self._timeout_s + _PARENT_GRACE_S)
-        return None if verdict == b"" else verdict == b"1"
+            return Grade(False, timed_out=True)
+        line = self._read_line(self._timeout_s + _PARENT_GRACE_S)
+        if line is None:
+            return Grade(False, timed_out=True)
+        return Grade(*json.loads(line))
 
-    def _read(self, timeout_s: float) -> bytes:
-        """The next byte; empty when the process ended, or the time did."""
+    def _read_line(self, timeout_s: float) -> bytes | None:
+        """The next line; None when the process ended before its end, or the time did."""
         stdout = self._process.stdout
         assert stdout is not None
-        ready, _, _ = select.select([stdout], [], [], timeout_s)
-        return stdout.read(1) if ready else b""
+        deadline = time.monotonic() + timeout_s
+        line = b""
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))
+            piece = os.read(stdout.fileno(), 2**16) if ready else b""
+            if not piece:
+                return None
+            line += piece
+        return line
 
     def _wait_until_ready(self) -> None:
-        if self._read(_START_S) != b"r":
+        if self._read_line(_START_S) is None:
             try:  # its pipe closes a moment before it has ended
                 code = self._process.wait(_PARENT_GRACE_S)
             except subprocess.TimeoutExpired:
@@ -156,50 +185,3 @@ class _Worker:
         self._process.kill()
         with self._process:  # closes the pipes and waits
             pass
-
-
-# ---------------------------------------------------------------- inside a worker
-
-
-def serve(is_correct: Callable[[str, list[str]], bool], timeout_s: float) -> None:
-    """Grade what arrives on standard input until it closes; the body of a worker process.
-
-    The kernel ends the process when grading one line takes longer than `timeout_s`: SIGALRM keeps
-    its default action, so no code, in whatever language, can miss it, and a worker whose parent is
-    gone does not outlive its line. SIGTERM, which SLURM sends to every process of a preempted job,
-    is for the ranks, which still grade the step that they are in.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (_WORKER_MEMORY_BYTES, _WORKER_MEMORY_BYTES))
-    logging.disable()  # math-verify reports every expression it cannot compare
-    verdicts = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no verdict
-    os.write(verdicts, b"r")
-    for line in sys.stdin.buffer:
-        response, answers = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
-        verdict = is_correct(response, answers)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        os.write(verdicts, b"1" if verdict else b"0")
-
-
-def _serve_math_verify(timeout_s: float) -> None:
-    import math_verify
-
-    # math-verify's own limits are off (0): they need SIGALRM, which here ends the process.
-    def is_correct(response: str, answers: list[str]) -> bool:
-        found = math_verify.parse(response, parsing_timeout=0)
-        return any(
-            math_verify.verify(
-                math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=0),
-                found,
-                timeout_seconds=0,
-            )
-            for answer in answers
-        )
-
-    serve(is_correct, timeout_s)
-
-
-if __name__ == "__main__":
-    _serve_math_verify(float(sys.argv[1]))
