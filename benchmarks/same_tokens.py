@@ -257,11 +257,11 @@ def draw_at_prefixes(drawn: Drawn, rule: Any, num_valid: int, num_keys: int) -> 
     from trb_megatron.uniforms import position_keys, rollout_key
 
     rows = []
-    for prefix, (student_V, teacher_V) in enumerate(drawn.logits.values()):
+    for prefix, key in enumerate(sorted(drawn.logits)):
         keys = position_keys(rollout_key(1, prefix, torch.arange(num_keys), 0), torch.tensor(0))
         ids = []
         for key_N in keys.split(100):
-            both = [row_V[:num_valid].expand(len(key_N), -1) for row_V in (student_V, teacher_V)]
+            both = [row_V[:num_valid].expand(len(key_N), -1) for row_V in drawn.logits[key]]
             with torch.inference_mode():
                 ids.append(rule.draw(rule.propose(both[0], key_N), *both, key_N)[0])
         rows.append(torch.cat(ids))
