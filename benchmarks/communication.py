@@ -20,7 +20,10 @@ NETWORK_BYTES_PER_S = 50e9
 GPUS_PER_NODE = 8
 
 # Bytes of a number.
-BF16, FP32, FP64, INT64 = 2, 4, 8, 8
+BF16, FP32, FP64 = 2, 4, 8
+# A draw on two levels: maximum and mass, score and number of the best chunk between the boundaries
+# of a shard, masses of the first and the last; then score, id and logit of the best id.
+_SAMPLE = (6 + 3) * FP64
 
 
 # ---------------------------------------------------------------- on vocabulary shards
@@ -32,11 +35,9 @@ def blend_bytes(rows: int, evaluations: int, tp_size: int) -> int:
 
 
 def draw_bytes(rows: int, rejected: int, tp_size: int) -> int:
-    """Draw by maximal coupling: mass and id of the proposal, its logprobs in both policies; where
-    it is rejected, mass of the residual, and mass and id of the draw from it."""
-    per_row = FP64 + INT64 + 2 * FP32
-    per_rejection = FP64 + FP64 + INT64
-    return (tp_size - 1) * (per_row * rows + per_rejection * rejected)
+    """Draw by maximal coupling: the proposal's logprobs in both policies; where it is rejected,
+    mass of the residual and a sample of it."""
+    return (tp_size - 1) * (2 * FP32 * rows + (FP64 + _SAMPLE) * rejected)
 
 
 def record_bytes(rows: int, tp_size: int) -> int:
@@ -45,8 +46,8 @@ def record_bytes(rows: int, tp_size: int) -> int:
 
 
 def proposal_bytes(rows: int, tp_size: int) -> int:
-    """A sample of the student: maximum, mass and id."""
-    return (tp_size - 1) * (FP32 + FP64 + INT64) * rows
+    """A sample of the student."""
+    return (tp_size - 1) * _SAMPLE * rows
 
 
 def stop_bytes(rows: int, num_ids: int, tp_size: int) -> int:
@@ -99,6 +100,16 @@ def backward_bytes(
     if recompute:
         halves += 4 * num_layers
     return halves * _half(tokens, hidden_size, tp_size, width)
+
+
+def shared_group_bytes(
+    tokens: int, num_layers: int, num_qkv_rows: int, tp_size: int, passes: int, width: int = BF16
+) -> int:
+    """Where ranks share a query group: queries, keys and values of all heads, in each layer.
+
+    Each forward, backward and recomputation is a pass: an all-gather, or a reduce-scatter.
+    """
+    return passes * num_layers * _half(tokens, num_qkv_rows, tp_size, width)
 
 
 def loss_gradient_bytes(tokens: int, hidden_size: int, tp_size: int, width: int = BF16) -> int:
@@ -209,19 +220,16 @@ def tensor_parallel_traffic(step: Setting) -> Iterator[Traffic]:
         return forward_bytes(tokens, model.num_layers, model.hidden_size, tp)
 
     yield Traffic("blend", blend_bytes(rows, round(rows * step.evaluations), tp), 0)
-    num_proposals = rows * (step.positions - 1) // step.positions
     rejected = round(rows * (1 - step.acceptance))
     num_stops = step.student_stops + step.teacher_stops
     yield Traffic(
         "proposals, draws and their records",
-        proposal_bytes(num_proposals, tp)
-        + stop_bytes(num_proposals, step.student_stops, tp)
+        proposal_bytes(rows, tp)
+        + stop_bytes(rows, step.student_stops, tp)
         + stop_bytes(rows, num_stops, tp)
         + draw_bytes(rows, rejected, tp)
         + record_bytes(rows, tp),
-        proposal_bytes(loss_tokens, tp)
-        # and the logit of what was drawn
-        + stop_bytes(loss_tokens, step.student_stops + 1, tp),
+        proposal_bytes(loss_tokens, tp) + stop_bytes(loss_tokens, step.student_stops, tp),
     )
     yield Traffic(
         "layers of the student in rollouts",

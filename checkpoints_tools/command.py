@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import trb_megatron.distributed.layout  # noqa: F401  (silences Megatron's import warnings)
-from trb_megatron.huggingface.kinds import Shape
+from trb_megatron.huggingface.kinds import Shape, TensorSlice
 from trb_megatron.huggingface.param_mapping import MappedParam
+from trb_megatron.huggingface.tensors import (
+    ShardWriter,
+    TensorInfo,
+    plan_shards,
+    shard_name,
+    write_index,
+)
 
+PARALLEL_OPTIONS = ("--tensor-parallel", "--pipeline-parallel")
 # Buffers, the metadata of all tensors, and what the allocator holds back.
 _OVERHEAD_BYTES = 128 * 2**20
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +38,31 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         help="check everything, print each tensor's mapping and the memory needed, write nothing",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+
+
+def add_shard_size_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of a command that writes a Hugging Face folder."""
+    parser.add_argument(
+        "--max-shard-size",
+        type=parse_size,
+        default=parse_size("5GB"),
+        metavar="SIZE",
+        help=f"largest safetensors file, in {', '.join(_UNITS)} (default: 5GB)",
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB.
+
+    Raises:
+        argparse.ArgumentTypeError: not a positive number followed by a unit.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", text)
+    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write a number and one of {', '.join(_UNITS)}"
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def run(command: Callable[[argparse.Namespace], Any], options: argparse.Namespace) -> None:
@@ -78,3 +115,28 @@ def print_plan(
         f"{peak_bytes / 2**20:,.0f} MiB, with buffers at most "
         f"{(peak_bytes + _OVERHEAD_BYTES) / 2**20:,.0f} MiB besides the interpreter's own"
     )
+
+
+def write_shards(
+    folder: Path,
+    infos: Sequence[TensorInfo],
+    read: Callable[[str], TensorSlice],
+    max_bytes: int,
+) -> None:
+    """Write safetensors files, tensor by tensor, and their index where there are several.
+
+    Args:
+        folder: HF checkpoint folder.
+        infos: the tensors in the order in which they are written.
+        read: name -> the tensor, read where it is indexed.
+        max_bytes: of a file; a larger tensor gets a file of its own.
+    """
+    shards = plan_shards(infos, max_bytes)
+    with Progress(sum(info.num_bytes for info in infos)) as progress:
+        for i, shard in enumerate(shards):
+            with (folder / shard_name(i, len(shards))).open("wb") as file:
+                writer = ShardWriter(file, shard)
+                for info in shard:
+                    writer.write(info.name, read(info.name)[:])
+                    progress.update(info.num_bytes)
+    write_index(folder, shards)

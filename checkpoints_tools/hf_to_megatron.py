@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from checkpoints_tools.command import (
+    PARALLEL_OPTIONS,
     Progress,
     add_conversion_options,
     num_bytes,
@@ -91,7 +92,7 @@ def convert(options: argparse.Namespace) -> None:
         ValueError, OSError: a checkpoint that cannot be used, a target that exists, a full disk.
     """
     config = read_hf_config(options.source)
-    check_layout(config, options.tensor_parallel, options.pipeline_parallel)
+    check_layout([config], options.tensor_parallel, options.pipeline_parallel, PARALLEL_OPTIONS)
     check_tokenizer_fits(options.source, config.vocab_size)
     vocab_size = padded_vocab_size([config.vocab_size], options.tensor_parallel)
     params = stored_params(config.family, config.shape(vocab_size))

@@ -14,15 +14,15 @@ model. OUTPUT appears when it is complete.
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from checkpoints_tools.command import (
-    Progress,
     add_conversion_options,
+    add_shard_size_option,
     num_bytes,
     print_plan,
     run,
+    write_shards,
 )
 from trb_megatron.atomic_folder import new_folder
 from trb_megatron.checkpoint.folders import find_checkpoint
@@ -31,16 +31,7 @@ from trb_megatron.checkpoint.megatron_tensors import (
     open_megatron_checkpoint,
     read_hf_dtypes,
 )
-from trb_megatron.huggingface.tensors import (
-    ShardWriter,
-    TensorInfo,
-    copy_side_files,
-    plan_shards,
-    shard_name,
-    write_index,
-)
-
-_UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+from trb_megatron.huggingface.tensors import TensorInfo, copy_side_files
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,29 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="run folder or Megatron checkpoint folder")
     parser.add_argument("output", type=Path, help="HF checkpoint folder to write")
     parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
-    parser.add_argument(
-        "--max-shard-size",
-        type=parse_size,
-        default=parse_size("5GB"),
-        metavar="SIZE",
-        help=f"largest safetensors file, in {', '.join(_UNITS)} (default: 5GB)",
-    )
+    add_shard_size_option(parser)
     add_conversion_options(parser)
     run(convert, parser.parse_args(arguments))
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB.
-
-    Raises:
-        argparse.ArgumentTypeError: not a positive number followed by a unit.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", text)
-    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size; write a number and one of {', '.join(_UNITS)}"
-        )
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def find_source(source: Path, step: int | None) -> Path:
@@ -112,18 +83,8 @@ def convert(options: argparse.Namespace) -> None:
         largest = max(num_bytes(p.full_shape, dtypes[p.key]) for p in params.values())
         print_plan(params, dtypes, largest)
         return
-    shards = plan_shards(infos, options.max_shard_size)
-    with (
-        new_folder(options.output, overwrite=options.overwrite) as partial,
-        Progress(sum(info.num_bytes for info in infos)) as progress,
-    ):
-        for i, shard in enumerate(shards):
-            with (partial / shard_name(i, len(shards))).open("wb") as file:
-                writer = ShardWriter(file, shard)
-                for info in shard:
-                    writer.write(info.name, tensors.slice(info.name)[:])
-                    progress.update(info.num_bytes)
-        write_index(partial, shards)
+    with new_folder(options.output, overwrite=options.overwrite) as partial:
+        write_shards(partial, infos, tensors.slice, options.max_shard_size)
         copy_side_files(checkpoint / HF_FOLDER, partial)
     print(f"wrote {checkpoint} to {options.output}")
 

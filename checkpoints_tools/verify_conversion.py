@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoints_tools.command import run
+from checkpoints_tools.command import PARALLEL_OPTIONS, run
 from trb_megatron.batch import Microbatch
 from trb_megatron.config.options import ParallelConfig
 from trb_megatron.distributed.layout import ParallelLayout, initialize, is_rank_zero, shutdown
@@ -122,7 +122,7 @@ def verify(options: argparse.Namespace) -> None:
             f"{layout.pp_size}: start as many as --tensor-parallel times --pipeline-parallel"
         )
     config = read_hf_config(options.source)
-    check_layout(config, layout.tp_size, layout.pp_size)
+    check_layout([config], layout.tp_size, layout.pp_size, PARALLEL_OPTIONS)
     tokenizer = check_tokenizer_fits(options.source, config.vocab_size)
     if options.new_tokens < 0:
         raise ValueError(f"--new-tokens {options.new_tokens}: must not be negative")

@@ -51,6 +51,7 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "llama-linear": lambda **sizes: LlamaConfig(rope_parameters=LINEAR_ROPE, **sizes),
     "mistral": lambda **sizes: MistralConfig(head_dim=12, sliding_window=None, **sizes),
     "qwen2": Qwen2Config,
+    "qwen2-one-group": lambda **sizes: Qwen2Config(**{**sizes, "num_key_value_heads": 1}),
     "qwen3": lambda **sizes: Qwen3Config(head_dim=16, **sizes),
     "qwen3_moe": lambda **sizes: Qwen3MoeConfig(**EXPERTS, **sizes),
     "qwen3_moe-raw": lambda **sizes: Qwen3MoeConfig(

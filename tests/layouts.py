@@ -59,7 +59,7 @@ LAYOUTS = (
         overrides=(
             "training.max_tokens_per_microbatch=64",
             "rollout.draft_tokens=auto",
-            "rollout.cache_gb=7e-5",
+            "rollout.cache_gb=5e-5",
         ),
     ),
     Layout(
@@ -67,7 +67,7 @@ LAYOUTS = (
         overrides=(
             "optimizer.distributed=false",
             "rollout.draft_tokens=auto",
-            "rollout.cache_gb=12e-5",
+            "rollout.cache_gb=8e-5",
         ),
     ),
     Layout(
@@ -75,6 +75,15 @@ LAYOUTS = (
         pp=2,
         overrides=("parallel.sequence_parallel=true", "rollout.draft_tokens=8"),
         token_multiple=32,
+    ),
+    # More ranks than query groups: the student has two, the teacher one.
+    Layout(
+        tp=4,
+        overrides=(
+            "training.recompute_activations=true",
+            "rollout.draft_tokens=3",
+            "rollout.max_sequences=5",
+        ),
     ),
 )
 
@@ -100,13 +109,14 @@ class ProbeResult:
 
 
 def write_inputs(folder: Path) -> Path:
-    """Two checkpoints of different depth, width, vocabulary rows and stop ids, and prompts."""
+    """Prompts, and two checkpoints of different depth, width, query groups, rows and stop ids."""
     make_checkpoint(folder / "student", num_layers=3)
     make_checkpoint(
         folder / "teacher",
         seed=1,
         num_layers=5,
         hidden_size=48,
+        num_groups=1,
         vocab_size=72,
         tied=False,
         eos_token_id=[IM_END, 0],

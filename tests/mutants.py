@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("trb_megatron", "checkpoints_tools")
 TIMEOUT_S = 400
-MARKERS = "not slow and not gpu and not multi_gpu"
+MARKERS = "not slow and not gpu and not multi_gpu and not real"
 
 KILLED, SURVIVED, COULD_NOT_RUN = "killed", "SURVIVED", "could not run"
 
@@ -80,15 +80,45 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="each-rank-reads-the-first-query-groups",
         claim="logits equal transformers' within 1e-4",
-        old="tensor[groups.start * rows : groups.stop * rows]",
-        new="tensor[: (groups.stop - groups.start) * rows]",
+        old="tensor[first * rows : stop * rows]",
+        new="tensor[: (stop - first) * rows]",
         tests=("test_hf_weights.py::test_mapping_reads_shards_and_joins_them_exactly",),
     ),
     Mutant(
-        name="uniforms-counted-from-the-start-of-a-round",
+        name="each-rank-reads-the-first-rows-of-a-shared-query-group",
+        claim="HF → Megatron → HF is bit-identical",
+        old="num_before = part.start - first * group_size",
+        new="num_before = 0",
+        tests=("test_hf_weights.py::test_grouped_qkv_layout_is_megatrons",),
+    ),
+    Mutant(
+        name="ranks-of-a-query-group-draft-with-its-first-queries",
         claim="same tokens, loss and gradient norm at every layout",
-        old="drawing_uniforms(key_S1, first_S1 + torch.arange(num_positions))",
-        new="drawing_uniforms(key_S1, 0 * first_S1 + torch.arange(num_positions))",
+        old="group_N1X.narrow(-1, rank_in_group * num_features, num_features)",
+        new="group_N1X.narrow(-1, 0, num_features)",
+        tests=(
+            "test_rollout.py::test_same_tokens_at_every_layout_number_of_slots_and_draft_length",
+        ),
+    ),
+    Mutant(
+        name="gathered-projections-planned-as-if-cut",
+        claim="the plan of a run has the parameters and bytes of real ranks",
+        old="projected = float(model.num_qkv_rows)",
+        new="projected = model.num_qkv_rows / self.tp_size",
+        tests=("test_plan.py::test_activations_of_a_layer_by_hand",),
+    ),
+    Mutant(
+        name="query-groups-that-ranks-can-neither-own-nor-share",
+        claim="a layout that a model cannot be cut into is refused",
+        old="if groups % tp_size != 0 and tp_size % groups != 0:",
+        new="if groups > tp_size and groups % tp_size != 0:",
+        tests=("test_hf_config.py::test_sizes_that_fit_a_model_are_listed",),
+    ),
+    Mutant(
+        name="keys-counted-from-the-start-of-a-round",
+        claim="same tokens, loss and gradient norm at every layout",
+        old="position_keys(key_S1, first_S1 + torch.arange(num_positions))",
+        new="position_keys(key_S1, 0 * first_S1 + torch.arange(num_positions))",
         tests=(
             "test_rollout.py::test_same_tokens_at_every_layout_number_of_slots_and_draft_length",
         ),
@@ -115,11 +145,28 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_rollout.py::test_greedy_equals_a_loop_that_recomputes_everything",),
     ),
     Mutant(
-        name="one-uniform-decides-acceptance-and-residual",
+        name="residual-shares-the-noise-of-the-draft",
         claim="sampling frequencies follow μ",
-        old="uniforms_3N[Purpose.RESIDUAL],",
-        new="uniforms_3N[Purpose.ACCEPT],",
-        tests=("test_sequences.py::test_frequencies_of_all_responses_are_exact",),
+        old="key_N[rows_M], Purpose.RESIDUAL, tp_group=tp_group",
+        new="key_N[rows_M], Purpose.DRAFT, tp_group=tp_group",
+        tests=(
+            "test_sequences.py::test_frequencies_of_all_responses_are_exact",
+            "test_coupling.py::test_draws_follow_the_behavior_policy",
+        ),
+    ),
+    Mutant(
+        name="chunk-and-id-of-one-number-share-noise",
+        claim="a draw on two levels equals its dense rule",
+        old="decision = purpose + len(Purpose) * (1 + level)",
+        new="decision = purpose + len(Purpose)",
+        tests=("test_sampling.py::test_samples_follow_the_softmax",),
+    ),
+    Mutant(
+        name="first-part-of-a-cut-chunk-stands-for-all-of-it",
+        claim="a draw on two levels equals its dense rule",
+        old="mass_RN[origin] += head_RN[rank]",
+        new="mass_RN[origin] += 0 * head_RN[rank]",
+        tests=("test_sampling.py::test_equals_the_dense_rule_at_any_number_of_ranks",),
     ),
     Mutant(
         name="kept-hidden-states-in-the-order-of-rounds",
@@ -148,6 +195,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="starts = [group * group_size + sum(rows[:j])",
         new="starts = [group * group_size + j * rows[j]",
         tests=("test_conversion.py::test_round_trip_is_exact",),
+    ),
+    Mutant(
+        name="layers-that-stay-keep-their-numbers",
+        claim="a checkpoint with layers dropped is, bit for bit,",
+        old="new_number = {old: new for new, old in enumerate(kept)}",
+        new="new_number = {old: old for new, old in enumerate(kept)}",
+        tests=("test_drop_layers.py::test_equals_transformers_model_without_the_layers",),
     ),
     Mutant(
         name="incomplete-folder-read-like-a-complete-one",
@@ -260,7 +314,7 @@ MUTANTS: tuple[Mutant, ...] = (
         claim="ties of the top-k go to the lowest id",
         old="equal_MU.cumsum(dim=-1) <= num_wanted_M1",
         new="equal_MU.flip(-1).cumsum(dim=-1).flip(-1) <= num_wanted_M1",
-        tests=("test_vocab_parallel.py::test_topk_and_argmax_break_ties_by_id",),
+        tests=("test_vocab_parallel.py::test_topk_breaks_ties_by_id",),
     ),
     Mutant(
         name="budget-annealed-one-step-early",

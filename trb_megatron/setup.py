@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -17,8 +18,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from trb_megatron.atomic_folder import write_file
+from trb_megatron.behavior import sampling
 from trb_megatron.behavior.policies import Policy
-from trb_megatron.checkpoint.folders import written_together
+from trb_megatron.checkpoint.folders import TrainingCheckpointError, written_together
 from trb_megatron.checkpoint.training import (
     TrainingState,
     find_good_checkpoint,
@@ -38,7 +40,7 @@ from trb_megatron.plan.plan import Plan, check_memory, make_plan
 from trb_megatron.plan.report import describe_environment, describe_plan, describe_precision
 from trb_megatron.prompts.records import Columns
 from trb_megatron.prompts.source import PromptSet, PromptSource, load_prompts
-from trb_megatron.rollout.drafting import DraftCosts
+from trb_megatron.rollout.drafting import DraftCosts, choose_num_positions
 from trb_megatron.rollout.engine import RolloutEngine
 from trb_megatron.rollout.sequences import ResponseSpec
 from trb_megatron.rollout.step_settings import policy_at, responses_at
@@ -209,7 +211,8 @@ def _resume(
 
     Raises:
         ConfigError: it belongs to a run with another configuration or other prompts.
-        TrainingCheckpointError: there are checkpoints, and none can be used.
+        TrainingCheckpointError: there are checkpoints, and none can be used; or their run draws
+            tokens by another rule.
     """
     found = find_good_checkpoint(config.run.dir, say)
     if found is None:
@@ -220,8 +223,16 @@ def _resume(
             evaluation_is_due=config.evaluation.at_start,
             data_fingerprint=prompt_set.fingerprint,
             config=config.model_dump(mode="json"),
+            sampling=sampling.RULE,
         )
     checkpoint, state = found
+    if config.is_distilling and state.sampling != sampling.RULE:
+        raise TrainingCheckpointError(
+            f"{checkpoint}: its run draws tokens by another rule ({state.sampling}; now "
+            f"{sampling.RULE}), so a resumed run would be neither one nor the other; finish it "
+            "with the version that began it, or export it (megatron_to_hf) and start another "
+            "run.dir from that student"
+        )
     check_same_run(checkpoint, parse_config(state.config), config)
     if state.data_fingerprint != prompt_set.fingerprint:
         raise ConfigError(
@@ -240,7 +251,20 @@ def _draft_costs(
     file = config.run.dir / "draft_costs.json"
     if file.is_file():
         return DraftCosts(**json.loads(file.read_text()))
-    costs = engine.measure_draft_costs(policy, spec)
+    num_responses = config.training.prompts_per_step * config.rollout.rollouts_per_prompt
+    num_responses = -(-num_responses // engine.layout.dp_size)
+    num_sequences = min(num_responses, config.rollout.max_sequences)
+    say(f"measuring draft lengths with up to {num_sequences} sequences (rollout.draft_tokens=auto)")
+    started = time.perf_counter()
+    costs = engine.measure_draft_costs(policy, spec, num_responses)
+    seconds = time.perf_counter() - started
+    num_drafts = -1 + choose_num_positions(
+        costs, policy.least_acceptance, num_sequences, config.rollout.max_positions
+    )
+    say(
+        f"measured in {seconds:.1f} s: a step begins with {num_drafts} drafts (at an acceptance of "
+        f"{policy.least_acceptance:.2f}, the least that is known) and goes on by what it sees"
+    )
     with written_together(file, config.run.dir):
         if is_rank_zero():
             write_file(file, json.dumps(dataclasses.asdict(costs)) + "\n")

@@ -3,13 +3,18 @@
     torchrun --nproc-per-node 2 -m trb_megatron.train CONFIG.yaml [section.key=value ...]
     python -m trb_megatron.train CONFIG.yaml [section.key=value ...] --dry-run [--world-size N]
 
-A run that was interrupted continues from its last checkpoint when it is started again.
+Ctrl-C, SIGTERM and SIGUSR1 end a run after the step that it is in and a save; a second Ctrl-C ends
+it at once. A run that was ended continues from its last checkpoint when it is started again.
+
+Exit status: 0 all steps are done; 75 stopped and saved (under plain torchrun, see
+docs/operations.md); 130 ended at once by Ctrl-C; 2 something must be changed first; 1 an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Only what a command needs is imported: --help and --dry-run leave Megatron alone.
     from trb_megatron.config.reading import load_config
     from trb_megatron.distributed.layout import initialize, shutdown
+    from trb_megatron.job.stopping import stopped_status
     from trb_megatron.job.supervision import setup_errors, supervised_job
 
     parser = _parser()
@@ -43,8 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
         with start_reward_workers(config.rewards, layout) as rewards:
             with setup_errors():
                 trainer = Trainer(set_up(config, layout, rewards))
-            trainer.train()
+            was_stopped = trainer.train()
         shutdown()
+    if was_stopped:
+        sys.exit(stopped_status())
 
 
 def dry_run(config: Config, world_size: int | None = None, memory_gb: float | None = None) -> None:

@@ -40,8 +40,8 @@ from trb_megatron.prompts.order import PromptOrder
 from trb_megatron.prompts.source import Prompt
 from trb_megatron.rollout.step_settings import policy_at, requests_of, responses_at
 from trb_megatron.run.log import RunLog
-from trb_megatron.run.metrics import PhaseTimer
-from trb_megatron.run.step_metrics import average_step, describe_times, sum_step
+from trb_megatron.run.metrics import PeakMemory, PhaseTimer
+from trb_megatron.run.step_metrics import average_step, describe_cost, sum_step
 from trb_megatron.setup import Setup
 from trb_megatron.update.exchange import exchange_rollouts
 from trb_megatron.update.gradients import StepGradients, loss_of_step
@@ -81,17 +81,18 @@ class Trainer:
         self.guard = NonFiniteGuard(self.config.training.max_nonfinite_steps)
         self.guard.num_skipped = setup.state.num_skipped
         self.timer = PhaseTimer()
+        self.memory = PeakMemory()
         self._state = setup.state
         self._order = PromptOrder(
             len(self.prompt_set.prompts), self.config.run.seed, self.config.data.shuffle
         )
         self._answers = {prompt.index: prompt.answer for prompt in self.prompt_set.prompts}
 
-    def train(self) -> None:
+    def train(self) -> bool:
         """Run all remaining steps, evaluating and saving on the way, and export the student.
 
-        Asked to stop (see `stopping`), finish the step, save and return; the evaluation that the
-        step may have been due for is made up for when the run goes on. The run folder's lock is
+        Asked to stop (see `stopping`), finish the step, save and return True; the evaluation that
+        the step may have been due for is made up for when the run goes on. The run folder's lock is
         given up at the end.
         """
         with self.lock, RunLog(self.config, self.step) as log, StopRequests() as stop_requests:
@@ -105,9 +106,10 @@ class Trainer:
                     )
                     log.write(message)
                     stop_requests.confirm(message)
-                    return
+                    return True
             if self.config.checkpoint.export_hf:
                 self.export()
+            return False
 
     def _run_step(self, log: RunLog, stop_requests: StopRequests) -> str | None:
         """Train a step, evaluate, record and save as is due; the reason to stop after it, if any.
@@ -132,6 +134,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """Do one step and return its metrics; stages as in the module docstring."""
+        self.memory.start_step()
         policy = policy_at(self.step, self.config, self.sources, self.layout)
         prompts = self.prompts()
         rollouts = self.rollout(prompts, policy)
@@ -253,7 +256,11 @@ class Trainer:
         if self.config.is_distilling and self.config.behavior.policy == "trb":
             metrics["behavior/kl_budget"] = kl_budget_of_step(self.step, self.config.behavior)
         metrics["optim/skipped_steps"] = self.guard.num_skipped
-        return metrics | describe_times(self.timer.finish_step(), metrics["rollout/tokens"])
+        return metrics | describe_cost(
+            self.timer.finish_step(),
+            metrics["rollout/tokens"],
+            self.memory.of_step_and_run(),
+        )
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
         """Evaluate every set and show the result; the step's clock does not run meanwhile."""

@@ -1,10 +1,13 @@
-"""Counter-based uniforms: random numbers keyed by what they decide, with no generator state.
+"""Random numbers keyed by what they decide, with no generator state.
 
-They are computed on the host, by numpy: a few numbers through dozens of integer operations take a
-tensor library several times as long, and a GPU a launch for each.
+A counter-based hash folds counters into 64 bits: the seed, the step, the indices of prompt and
+rollout, the position, the purpose, and for noise the level and the number of the chunk or id. Equal
+counters give equal bits in any batch and on any device, since all of it is integer arithmetic. On a
+CPU numpy does it: a tensor library takes several times as long for a few numbers.
 """
 
 from enum import IntEnum
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 
 class Purpose(IntEnum):
-    """The decision that a uniform makes; one position needs several independent ones."""
+    """The decision that a random number makes; one position needs several independent ones."""
 
     DRAFT = 0
     ACCEPT = 1
@@ -21,13 +24,42 @@ class Purpose(IntEnum):
     SHUFFLE = 3
 
 
-_DRAWING = np.array([Purpose.DRAFT, Purpose.ACCEPT, Purpose.RESIDUAL])
+class Level(IntEnum):
+    """The choice that noise is for (`behavior.sampling`): a chunk of ids, or an id of a chunk."""
 
-# Constants of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
-_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
-_30, _27, _31, _11 = np.array([30, 27, 31, 11], dtype=np.uint64)
+    CHUNK = 0
+    ID = 1
+
+
+Integers: TypeAlias = Any
+"""Arrays of numpy or tensors of any device, int64."""
+
+# Constants of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), as signed integers.
+_INCREMENT = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
+
+
+def fold(state: Integers, counter: Integers | int) -> Integers:
+    """Fold a counter into a state by the finalizer of SplitMix64; they broadcast together.
+
+    The same bits for arrays of numpy and for tensors of any device.
+    """
+    state = state ^ counter
+    state += _INCREMENT
+    state ^= _shift(state, 30)
+    state *= _MULTIPLIER_1
+    state ^= _shift(state, 27)
+    state *= _MULTIPLIER_2
+    state ^= _shift(state, 31)
+    return state
+
+
+def _shift(state: Integers, count: int) -> Integers:
+    """Shift right and fill with zeros: an arithmetic shift, whose copies of the sign are cut."""
+    shifted = state >> count
+    shifted &= (1 << (64 - count)) - 1
+    return shifted
 
 
 def counter_uniforms(
@@ -41,11 +73,10 @@ def counter_uniforms(
     """Return uniforms in [0, 1), float64 with 53 random bits, that depend on the arguments alone.
 
     Arguments are integers or int64 tensors on the CPU that broadcast together to the shape of the
-    result. Equal arguments give equal bits in any batch. Each argument is folded into the state by
-    the finalizer of SplitMix64.
+    result.
     """
-    counters = (seed, step, prompt_index, rollout_index, position, purpose)
-    return _as_uniforms(_fold(np.uint64(0), *counters))
+    key = rollout_key(seed, step, prompt_index, rollout_index)
+    return _uniforms(_fold_all(_native(key), position, purpose))
 
 
 def rollout_key(
@@ -54,38 +85,64 @@ def rollout_key(
     prompt_index: int | Tensor,
     rollout_index: int | Tensor,
 ) -> Tensor:
-    """The state of `counter_uniforms` after the arguments that a rollout's positions share, int64.
+    """The bits that all positions of a rollout share, int64 on the CPU.
 
     Arguments broadcast together.
     """
-    state = _fold(np.uint64(0), seed, step, prompt_index, rollout_index)
-    return torch.from_numpy(np.asarray(state).view(np.int64))
+    state = _fold_all(np.zeros((), dtype=np.int64), seed, step, prompt_index, rollout_index)
+    return torch.from_numpy(state)
 
 
-def drawing_uniforms(key: Tensor, position: Tensor) -> Tensor:
-    """The uniforms of `counter_uniforms` that draw a token, [3, ...] by `Purpose`.
+def position_keys(rollout_keys: Tensor, position: Tensor) -> Tensor:
+    """The bits that key the random numbers of positions, int64 on the CPU.
 
-    At positions of rollouts with these keys, which broadcast together to [...].
+    Arguments broadcast together.
     """
-    state = _fold(_unsigned(key), position)
-    return _as_uniforms(_fold(state, _DRAWING.reshape(-1, *[1] * state.ndim)))
+    return torch.from_numpy(_fold_all(_native(rollout_keys), position))
 
 
-def _as_uniforms(state: NDArray[np.uint64]) -> Tensor:
-    return torch.from_numpy(np.asarray((state >> _11) * 2.0**-53))
+def acceptance_uniforms(key_N: Tensor) -> Tensor:
+    """Uniforms in [0, 1) that decide whether proposals are accepted, [N] float64.
+
+    Args:
+        key_N: from `position_keys`, on any device.
+    """
+    return _uniforms(fold(_native(key_N), int(Purpose.ACCEPT)))
 
 
-@np.errstate(over="ignore")  # sums and products wrap around, as the algorithm wants
-def _fold(
-    state: NDArray[np.uint64] | np.uint64, *counters: int | Tensor | NDArray[np.int64]
-) -> NDArray[np.uint64]:
+def exponential_noise(key_N: Tensor, purpose: Purpose, level: Level, index_NK: Tensor) -> Tensor:
+    """Noise of the standard exponential distribution, [N, K] float64, above 0 and finite.
+
+    Minus its logarithm is Gumbel noise. No two draws of a position share noise: it depends on the
+    purpose and on the level, besides the chunk or id.
+
+    Args:
+        key_N: from `position_keys`, on any device.
+        index_NK: [N, K] or [1, K], numbers of chunks or ids.
+    """
+    decision = purpose + len(Purpose) * (1 + level)  # none of those that are made without a level
+    state_N = fold(_native(key_N), decision)
+    state_NK = fold(state_N[:, None], _native(index_NK))
+    # 52 bits and a half: neither 0, whose logarithm is infinite, nor 1, whose logarithm is 0.
+    bits_NK = _shift(state_NK, 12)
+    if isinstance(bits_NK, Tensor):
+        return bits_NK.double().add_(0.5).mul_(2.0**-52).log_().neg_()
+    uniforms_NK = bits_NK + 0.5
+    uniforms_NK *= 2.0**-52
+    return torch.from_numpy(np.log(uniforms_NK, out=uniforms_NK)).neg_()
+
+
+def _native(integers: Tensor) -> Integers:
+    """The same memory as numpy sees it, on a CPU; see the module docstring."""
+    return integers.numpy() if integers.device.type == "cpu" else integers
+
+
+@np.errstate(over="ignore")  # numpy warns where sums and products of single numbers wrap around
+def _fold_all(state: Integers, *counters: int | Tensor) -> NDArray[np.int64]:
     for counter in counters:
-        state = (state ^ _unsigned(counter)) + _INCREMENT
-        state = (state ^ (state >> _30)) * _MULTIPLIER_1
-        state = (state ^ (state >> _27)) * _MULTIPLIER_2
-        state = state ^ (state >> _31)
-    return np.asarray(state)
+        state = np.asarray(fold(state, np.asarray(counter, dtype=np.int64)))
+    return state
 
 
-def _unsigned(counter: int | Tensor | NDArray[np.int64]) -> NDArray[np.uint64]:
-    return np.asarray(counter, dtype=np.int64).view(np.uint64)
+def _uniforms(state: Integers) -> Tensor:
+    return torch.as_tensor(_shift(state, 11)).double() * 2.0**-53

@@ -10,10 +10,11 @@ from torch import Tensor
 from tests.behavior.cases import NUM_VALID, build_pair, current_group, on_ranks
 from tests.ranks import vocab_shard
 from tests.reference import dense_blend
-from trb_megatron.behavior.coupling import accept_tokens, draw_tokens, propose_tokens
+from trb_megatron.behavior.coupling import accept_tokens, draw_tokens
+from trb_megatron.behavior.sampling import sample_softmax
 from trb_megatron.behavior.solver import solve_behavior
-from trb_megatron.distributed.vocab_parallel import gather_at, mask_invalid, sample_inverse_cdf
-from trb_megatron.uniforms import Purpose, counter_uniforms
+from trb_megatron.distributed.vocab_parallel import gather_at, mask_invalid
+from trb_megatron.uniforms import Purpose, acceptance_uniforms, position_keys, rollout_key
 
 NUM_DRAWS = 30_000
 NUM_SHARDED_DRAWS = 10_000  # the first of them, on several ranks
@@ -24,8 +25,7 @@ class Inputs(NamedTuple):
 
     logp_NU: Tensor
     logmu_NU: Tensor
-    uniforms: tuple[Tensor, ...]
-    """The three of each draw, each [N]."""
+    key_N: Tensor
 
 
 def build_draw_inputs(kl_budget: float, num_draws: int = NUM_DRAWS) -> Inputs:
@@ -36,12 +36,21 @@ def build_draw_inputs(kl_budget: float, num_draws: int = NUM_DRAWS) -> Inputs:
         for full_NV in build_pair(1.5, 2, 1, NUM_VALID, seed=7)
     )
     behavior = solve_behavior(student_NU, teacher_NU, kl_budget, tp_group=group)
-    uniforms = counter_uniforms(5, 0, 0, 0, torch.arange(num_draws)[:, None], torch.arange(3))
     return Inputs(
         behavior.student.logprobs().expand(num_draws, -1),
         behavior.logprobs().expand(num_draws, -1),
-        uniforms.unbind(-1),
+        build_keys(num_draws),
     )
+
+
+def build_keys(num_draws: int) -> Tensor:
+    """Positions of one rollout."""
+    return position_keys(rollout_key(5, 0, 0, 0), torch.arange(num_draws))
+
+
+def propose(logp_NU: Tensor, key_N: Tensor) -> Tensor:
+    """The proposals of the student, [N]."""
+    return sample_softmax(logp_NU, key_N, Purpose.DRAFT, tp_group=current_group()).token_ids
 
 
 class Drawn(NamedTuple):
@@ -57,9 +66,9 @@ def measure_draws(num_draws: int = NUM_SHARDED_DRAWS) -> dict[float, Drawn]:
     group = current_group()
     results = {}
     for kl_budget in (0.0, 0.05, 0.5, 1e9):
-        logp_NU, logmu_NU, uniforms = build_draw_inputs(kl_budget, num_draws)
-        draw = draw_tokens(logp_NU, logmu_NU, *uniforms, tp_group=group)
-        proposed_N = propose_tokens(logp_NU, uniforms[Purpose.DRAFT], tp_group=group)
+        logp_NU, logmu_NU, key_N = build_draw_inputs(kl_budget, num_draws)
+        proposed_N = propose(logp_NU, key_N)
+        draw = draw_tokens(logp_NU, logmu_NU, proposed_N, key_N, tp_group=group)
         results[kl_budget] = Drawn(*draw, proposed_N)
     return results
 
@@ -110,52 +119,49 @@ def test_draws_do_not_depend_on_tp(num_ranks: int, single: dict[float, Drawn]) -
 def test_draws_do_not_depend_on_their_batch() -> None:
     student_NV, teacher_NV = build_pair(2, 3, num_rows=60, size=400)
     behavior = solve_behavior(student_NV, teacher_NV, 0.3)
-    logprobs = behavior.student.logprobs(), behavior.logprobs()
-    uniforms = counter_uniforms(3, 0, 0, 0, torch.arange(60), torch.arange(3)[:, None])
-    draw = draw_tokens(*logprobs, *uniforms, tp_group=None)
+    key_N = build_keys(60)
+    logp_NU = behavior.student.logprobs()
+    inputs = logp_NU, behavior.logprobs(), propose(logp_NU, key_N), key_N
+    draw = draw_tokens(*inputs, tp_group=None)
     assert not draw.accepted.all()
     for row in range(60):
         rows = slice(row, row + 1)
-        alone = draw_tokens(*(x[rows] for x in logprobs), *uniforms[:, rows], tp_group=None)
+        alone = draw_tokens(*(x[rows] for x in inputs), tp_group=None)
         assert all(torch.equal(a, b[rows]) for a, b in zip(alone, draw, strict=True))
 
 
 def test_without_a_budget_the_student_is_sampled(single: dict[float, Drawn]) -> None:
     """And, as draws do not depend on it, at any number of ranks."""
-    logp_NU, logmu_NU, uniforms = build_draw_inputs(0.0)
+    logp_NU, logmu_NU, key_N = build_draw_inputs(0.0)
     assert torch.equal(logp_NU, logmu_NU)
-    plain_N = sample_inverse_cdf(logp_NU.exp(), uniforms[Purpose.DRAFT], tp_group=None)
+    plain_N = propose(logp_NU, key_N)
     assert single[0.0].accepted.all()
     assert torch.equal(single[0.0].token_ids, plain_N)
 
 
-def keep_every_proposal(logp_NU: Tensor, logmu_NU: Tensor, u: tuple[Tensor, ...]) -> Tensor:
-    return propose_tokens(logp_NU, u[0], tp_group=None)
+def keep_every_proposal(logp_NU: Tensor, logmu_NU: Tensor, key_N: Tensor) -> Tensor:
+    return propose(logp_NU, key_N)
 
 
-def redraw_from_behavior(logp_NU: Tensor, logmu_NU: Tensor, u: tuple[Tensor, ...]) -> Tensor:
-    proposed_N = propose_tokens(logp_NU, u[0], tp_group=None)
+def redraw_from_behavior(logp_NU: Tensor, logmu_NU: Tensor, key_N: Tensor) -> Tensor:
+    proposed_N = propose(logp_NU, key_N)
     logp_N, logmu_N = (gather_at(x, proposed_N, tp_group=None) for x in (logp_NU, logmu_NU))
-    fresh_N = sample_inverse_cdf(logmu_NU.exp(), u[2], tp_group=None)
-    return torch.where(accept_tokens(logp_N, logmu_N, u[1]), proposed_N, fresh_N)
+    fresh_N = sample_softmax(logmu_NU, key_N, Purpose.RESIDUAL, tp_group=None).token_ids
+    accepted_N = accept_tokens(logp_N, logmu_N, acceptance_uniforms(key_N))
+    return torch.where(accepted_N, proposed_N, fresh_N)
 
 
-def reuse_one_uniform(logp_NU: Tensor, logmu_NU: Tensor, u: tuple[Tensor, ...]) -> Tensor:
-    return draw_tokens(logp_NU, logmu_NU, u[0], u[0], u[0], tp_group=None).token_ids
+def propose_by_the_noise_of_the_residual(
+    logp_NU: Tensor, logmu_NU: Tensor, key_N: Tensor
+) -> Tensor:
+    proposed_N = sample_softmax(logp_NU, key_N, Purpose.RESIDUAL, tp_group=None).token_ids
+    return draw_tokens(logp_NU, logmu_NU, proposed_N, key_N, tp_group=None).token_ids
 
 
-@pytest.mark.parametrize("rule", [keep_every_proposal, redraw_from_behavior, reuse_one_uniform])
-def test_a_wrong_rule_is_noticed(
-    rule: Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor],
-) -> None:
-    logp_NU, logmu_NU, uniforms = build_draw_inputs(0.5)
-    tokens_N = rule(logp_NU, logmu_NU, uniforms)
+@pytest.mark.parametrize(
+    "rule", [keep_every_proposal, redraw_from_behavior, propose_by_the_noise_of_the_residual]
+)
+def test_a_wrong_rule_is_noticed(rule: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    logp_NU, logmu_NU, key_N = build_draw_inputs(0.5)
+    tokens_N = rule(logp_NU, logmu_NU, key_N)
     assert chi_square_p_value(tokens_N, exact_behavior(0.5)[1]) < 1e-3
-
-
-def test_uniforms_of_the_draw_are_the_purposes_in_order() -> None:
-    _, _, uniforms = build_draw_inputs(0.5)
-    for purpose, u_N in zip(
-        (Purpose.DRAFT, Purpose.ACCEPT, Purpose.RESIDUAL), uniforms, strict=True
-    ):
-        assert torch.equal(u_N, counter_uniforms(5, 0, 0, 0, torch.arange(NUM_DRAWS), purpose))

@@ -23,7 +23,7 @@ from trb_megatron.behavior.policies import (
 )
 from trb_megatron.behavior.stop_alignment import StopAlignment
 from trb_megatron.distributed.vocab_parallel import all_gather
-from trb_megatron.uniforms import drawing_uniforms, rollout_key
+from trb_megatron.uniforms import position_keys, rollout_key
 
 NUM_ROWS, NUM_VALID, NUM_IDS = 6, 21, 23
 TEMPERATURE = 0.7
@@ -175,9 +175,10 @@ def test_a_draw_among_the_likely_ids_is_always_kept() -> None:
         logits_NV.repeat_interleave(2000, dim=0) for logits_NV in build_logits()
     )
     rows = torch.arange(len(student_NU))
-    uniforms_3N = drawing_uniforms(rollout_key(0, 0, rows, 0), torch.zeros_like(rows))
-    proposed_N = policy.propose(student_NU, uniforms_3N)
-    token_ids_N, record = policy.draw(student_NU, teacher_NU, uniforms_3N)
+    key_N = position_keys(rollout_key(0, 0, rows, 0), torch.tensor(0))
+    proposal = policy.propose(student_NU, key_N)
+    proposed_N = proposal.token_ids
+    token_ids_N, record = policy.draw(proposal, student_NU, teacher_NU, key_N)
     aligned_NU = policy.solve(student_NU, teacher_NU).teacher.logits_NU
     is_likely_N = is_in_topk(aligned_NU, 5, tp_group=None).gather(1, proposed_N[:, None])[:, 0]
     assert record.accepted[is_likely_N].all() and is_likely_N.any()
@@ -199,10 +200,11 @@ def test_acceptance_of_the_worst_models_meets_the_bound(kl_budget: float) -> Non
     shared = shared_options(temperature=1.0, num_valid=20, alignment=TRIVIAL)
     policy = BlendPolicy(kl_budget=kl_budget, **shared)
     rows = torch.arange(40_000)
-    uniforms_3N = drawing_uniforms(rollout_key(0, 0, rows, 0), torch.zeros_like(rows))
+    key_N = position_keys(rollout_key(0, 0, rows, 0), torch.tensor(0))
     student_NU = torch.zeros(len(rows), 20)
     teacher_NU = student_NU + 9.0 * (torch.arange(20) % 2)
-    _, record = policy.draw(student_NU, teacher_NU, uniforms_3N)
+    proposal = policy.propose(student_NU, key_N)
+    _, record = policy.draw(proposal, student_NU, teacher_NU, key_N)
     acceptance = float(record.accepted.double().mean())
     error = (acceptance * (1 - acceptance) / len(rows)) ** 0.5
     assert policy.least_acceptance - 3 * error < acceptance

@@ -19,11 +19,12 @@ from tests.ranks import ShardWidthGuard, vocab_shard
 from tests.reference import blend_logprobs, dense_blend, entropy, kl
 from trb_megatron.behavior import moments
 from trb_megatron.behavior.coupling import draw_tokens
+from trb_megatron.behavior.sampling import most_likely, sample_softmax
 from trb_megatron.behavior.solver import solve_behavior
 from trb_megatron.behavior.stop_alignment import align_stop_ids
 from trb_megatron.distributed import vocab_parallel
-from trb_megatron.distributed.vocab_parallel import argmax, softmax, topk
-from trb_megatron.uniforms import counter_uniforms
+from trb_megatron.distributed.vocab_parallel import softmax, topk
+from trb_megatron.uniforms import Purpose, position_keys, rollout_key
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -146,21 +147,20 @@ def collect_errors() -> list[str]:
 
 
 def guard_widths() -> None:
-    """Solve, align, draw, top-k and argmax without any tensor beyond the shard."""
+    """Solve, align, draw, top-k and most likely id without any tensor beyond the shard."""
     group = dist.group.WORLD
     for name in FAMILIES:
         student_NU, teacher_NU = (vocab_shard(full_NV, group) for full_NV in build_family(name))
-        uniforms = counter_uniforms(
-            0, 0, 0, 0, torch.arange(len(student_NU)), torch.arange(3)[:, None]
-        )
+        key_N = position_keys(rollout_key(0, 0, 0, 0), torch.arange(len(student_NU)))
         with ShardWidthGuard(student_NU):
             student_NU = align_stop_ids(student_NU, (18, 2), ALIGNMENTS[1], tp_group=group)
             teacher_NU = align_stop_ids(teacher_NU, (2, 9), ALIGNMENTS[1], tp_group=group)
             behavior = solve_behavior(student_NU, teacher_NU, 0.01, tp_group=group, num_valid=690)
             logp_NU = behavior.student.logprobs()
-            draw_tokens(logp_NU, behavior.logprobs(), *uniforms, tp_group=group)
+            proposed_N = sample_softmax(logp_NU, key_N, Purpose.DRAFT, tp_group=group).token_ids
+            draw_tokens(logp_NU, behavior.logprobs(), proposed_N, key_N, tp_group=group)
             topk(student_NU, 16, tp_group=group)
-            argmax(student_NU, tp_group=group)
+            most_likely(student_NU, tp_group=group)
 
 
 def run_checks() -> list[str]:

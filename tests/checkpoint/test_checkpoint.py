@@ -181,12 +181,16 @@ def test_last_checkpoints_are_kept(undisturbed: Path) -> None:
     assert (state.step, state.prompt_position) == (4, 16)
 
 
+@pytest.mark.parametrize("sizes", [{6: 2}, {5: 4, 6: 2}], ids=str)
 def test_run_resumes_at_another_layout(
-    config_file: Path, undisturbed: Path, interrupted: Path
+    config_file: Path, undisturbed: Path, interrupted: Path, sizes: dict[int, int]
 ) -> None:
-    run_dir = config_file.parent / "elsewhere"
-    layout = "parallel.tensor_model_parallel_size=2"
-    train(config_file, 2, *OPTIONS, layout, f"run.dir={run_dir}", "training.steps=6")
+    """At TP 2 to step 6; at TP 4, where ranks share query groups, to step 5 and then at TP 2."""
+    run_dir = config_file.parent / f"elsewhere-{len(sizes)}"
+    shutil.copytree(config_file.parent / "elsewhere", run_dir)
+    for steps, tp in sizes.items():
+        layout = f"parallel.tensor_model_parallel_size={tp}"
+        train(config_file, tp, *OPTIONS, layout, f"run.dir={run_dir}", f"training.steps={steps}")
     rows, expected = read_metrics(run_dir), read_metrics(undisturbed)
     assert len(rows) == len(expected) == 6
     for row, reference in zip(rows, expected, strict=True):
@@ -260,6 +264,23 @@ def test_run_folder_of_another_run_is_refused(
             run_distributed(_construct, 1, config_file, tuple(options))
     finally:
         (folder / "prompts.jsonl").write_text(prompts)
+
+
+def test_run_that_draws_by_another_rule_is_refused(
+    config_file: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    newest = find_checkpoints(run_dir)[-1]
+    state = json.loads((newest / "training_state.json").read_text())
+    del state["sampling"]  # as the first versions wrote it
+    (newest / "training_state.json").write_text(json.dumps(state))
+    write_sums(newest)
+    options = (*OPTIONS, f"run.dir={run_dir}", "training.steps=9")
+    with pytest.raises(
+        TrainingCheckpointError, match=r"another rule \(inverse CDF; now Gumbel-max"
+    ):
+        run_distributed(_construct, 1, config_file, options)
 
 
 def _construct(config_file: Path, options: tuple[str, ...]) -> Any:

@@ -21,7 +21,7 @@ from trb_megatron.checkpoint.megatron_tensors import HF_FOLDER, open_megatron_ch
 from trb_megatron.huggingface.tensors import INDEX_FILE, CheckpointError, HFTensors
 from trb_megatron.huggingface.tokenizer import load_tokenizer
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+LAYOUTS = [(1, 1), (4, 1), (1, 2), (2, 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -577,7 +577,11 @@ class Generator:
         world_size = tp * pp * self.random.choice((1, 2, 5)) + self.random.choice((0, 0, 0, 1))
         num_layers = sizes["num_hidden_layers"]
         named: tuple[str, ...] = ()
-        undivided = [name for name in CUT_BY_TP if sizes.get(name, 0) % tp]
+        undivided = [
+            name
+            for name in CUT_BY_TP
+            if sizes.get(name, 0) % tp and not (name == GROUPS and tp % sizes[name] == 0)
+        ]
         if world_size % (tp * pp):
             named = (f"{world_size} ranks", f"{TP}={tp}", f"{PP}={pp}")
         elif undivided:
@@ -643,10 +647,13 @@ class Generator:
 
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+GROUPS = "num_key_value_heads"  # ranks may also share them
+QKV_ROWS = "(num_attention_heads + 2 * num_key_value_heads) * head_dim"
 # In the order in which they are checked.
 CUT_BY_TP = (
     "num_attention_heads",
-    "num_key_value_heads",
+    GROUPS,
+    QKV_ROWS,
     "intermediate_size",
     "moe_intermediate_size",
 )
@@ -654,18 +661,21 @@ MODELS: dict[str, dict[str, int]] = {
     "qwen3": {
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
+        QKV_ROWS: 320,
         "intermediate_size": 48,
         "num_hidden_layers": 3,
     },
     "llama": {
         "num_attention_heads": 12,
         "num_key_value_heads": 12,
+        QKV_ROWS: 144,
         "intermediate_size": 40,
         "num_hidden_layers": 5,
     },
     "qwen3_moe": {
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
+        QKV_ROWS: 768,
         "intermediate_size": 48,
         "moe_intermediate_size": 24,
         "num_hidden_layers": 4,
@@ -794,7 +804,7 @@ def load_for_a_job(mutant: Mutant, folder: Path, model_configs: Mapping[str, Any
         parallel = config.parallel
         check_world_size(parallel, mutant.world_size)
         check_layout(
-            model_configs[mutant.model],
+            [model_configs[mutant.model]],
             parallel.tensor_model_parallel_size,
             parallel.pipeline_model_parallel_size,
         )

@@ -24,11 +24,12 @@ from trb_megatron.behavior.moments import evaluate
 from trb_megatron.behavior.policies import BlendPolicy, StudentPolicy
 from trb_megatron.behavior.solver import solve_behavior
 from trb_megatron.behavior.stop_alignment import StopAlignment
+from trb_megatron.huggingface.config import HFModelConfig
 from trb_megatron.loss.fused import fused_loss
 from trb_megatron.loss.losses import LOSSES
 from trb_megatron.loss.rules import LossOptions
 from trb_megatron.loss.walk import FusedLossSettings, OutputLayer
-from trb_megatron.uniforms import drawing_uniforms
+from trb_megatron.uniforms import position_keys, rollout_key
 
 NUM_ROWS, NUM_IDS, HIDDEN_SIZE, TOP_K = 60, 1000, 24, 8
 WIDTH = 4  # bytes of a hidden state's number
@@ -109,7 +110,7 @@ class Shards(NamedTuple):
     group: dist.ProcessGroup
     student_NU: Tensor
     teacher_NU: Tensor
-    uniforms_3N: Tensor
+    key_N: Tensor
 
     @classmethod
     def build(cls) -> "Shards":
@@ -120,12 +121,8 @@ class Shards(NamedTuple):
         # Nearly deterministic models: their KL climbs in jumps, which take several rounds.
         student_NV[:20] *= 20
         teacher_NV[:20] = teacher_NV[:20].flip(0) * 30
-        uniforms_3N = drawing_uniforms(
-            torch.arange(NUM_ROWS), torch.zeros(NUM_ROWS, dtype=torch.long)
-        )
-        return cls(
-            group, vocab_shard(student_NV, group), vocab_shard(teacher_NV, group), uniforms_3N
-        )
+        key_N = position_keys(rollout_key(0, 0, torch.arange(NUM_ROWS), 0), torch.tensor(0))
+        return cls(group, vocab_shard(student_NV, group), vocab_shard(teacher_NV, group), key_N)
 
     @property
     def policy_options(self) -> dict[str, Any]:
@@ -161,8 +158,9 @@ def _measure_solver_and_draw(shards: Shards) -> dict[str, Measured]:
     assert tried.rounds > 4 and tried.evaluations > 2 * NUM_ROWS
 
     logprobs_NU = behavior.student.logprobs(), behavior.logprobs()
+    proposed_N = logprobs_NU[0].argmax(dim=-1)
     with CollectiveCounter() as counter:
-        drawn = draw_tokens(*logprobs_NU, *shards.uniforms_3N, tp_group=group)
+        drawn = draw_tokens(*logprobs_NU, proposed_N, shards.key_N, tp_group=group)
     rejected = int((~drawn.accepted).sum())
     assert 0 < rejected < NUM_ROWS
     draw = _sum_up(counter, communication.draw_bytes(NUM_ROWS, rejected, tp_size))
@@ -170,16 +168,16 @@ def _measure_solver_and_draw(shards: Shards) -> dict[str, Measured]:
 
 
 def _measure_policies(shards: Shards) -> dict[str, Measured]:
-    tp_size, uniforms_3N = dist.get_world_size(), shards.uniforms_3N
+    tp_size, key_N = dist.get_world_size(), shards.key_N
     policy = BlendPolicy(kl_budget=0.02, **shards.policy_options)
     with CollectiveCounter() as counter:
-        policy.propose(shards.student_NU, uniforms_3N)
+        proposal = policy.propose(shards.student_NU, key_N)
     expected = communication.proposal_bytes(NUM_ROWS, tp_size)
     expected += communication.stop_bytes(NUM_ROWS, 1, tp_size)
     measured = {"proposal": _sum_up(counter, expected)}
 
     with CollectiveCounter() as counter, EvaluationCounter() as tried:
-        _, record = policy.draw(shards.student_NU, shards.teacher_NU, uniforms_3N)
+        _, record = policy.draw(proposal, shards.student_NU, shards.teacher_NU, key_N)
     rejected = int((~record.accepted).sum())
     expected = communication.blend_bytes(NUM_ROWS, tried.evaluations, tp_size)
     expected += communication.stop_bytes(NUM_ROWS, 1 + 2, tp_size)
@@ -188,9 +186,10 @@ def _measure_policies(shards: Shards) -> dict[str, Measured]:
     measured["policy"] = _sum_up(counter, expected)
 
     with CollectiveCounter() as counter:
-        StudentPolicy(**shards.policy_options).draw(shards.student_NU, None, uniforms_3N)
+        student = StudentPolicy(**shards.policy_options)
+        student.draw(student.propose(shards.student_NU, key_N), shards.student_NU, None, key_N)
     expected = communication.proposal_bytes(NUM_ROWS, tp_size)
-    expected += communication.stop_bytes(NUM_ROWS, 1 + 1, tp_size)
+    expected += communication.stop_bytes(NUM_ROWS, 1, tp_size)
     measured["student's draw"] = _sum_up(counter, expected)
     return measured
 
@@ -247,7 +246,7 @@ def test_only_the_gradient_of_the_loss_is_reduced(shards: list[dict[str, Measure
 # ---------------------------------------------------------------- a training step
 
 
-def measure_training(config_file: Path) -> dict[str, Measured]:
+def measure_training(config_file: Path, models: tuple[str, ...]) -> dict[str, Measured]:
     """The teacher's pass, and the student's forward, backward and update, at TP 2 x DP 2."""
     from tests.runs import make_trainer
     from trb_megatron.batch import Rollout, build_microbatches
@@ -258,6 +257,7 @@ def measure_training(config_file: Path) -> dict[str, Measured]:
         "parallel.sequence_parallel=true",
         "training.recompute_activations=true",
         "rollout.keep_teacher_hidden=false",
+        *models,
     )
     trainer = make_trainer(config_file, overrides)
     layout = trainer.layout
@@ -274,7 +274,9 @@ def measure_training(config_file: Path) -> dict[str, Measured]:
         microbatches = trainer.teacher(microbatches, policy)
     teacher = trainer.sources.teacher
     sizes = (teacher.num_layers, teacher.hidden_size, 2)
-    measured = {"teacher": _sum_up(counter, communication.forward_bytes(num_tokens, *sizes, WIDTH))}
+    expected = communication.forward_bytes(num_tokens, *sizes, WIDTH)
+    expected += _expected_of_groups(teacher, num_tokens, passes=1)
+    measured = {"teacher": _sum_up(counter, expected)}
 
     with CollectiveCounter() as counter:
         trainer.gradients(microbatches)
@@ -303,10 +305,19 @@ def _expected_of_student(trainer: Any, num_tokens: int, num_loss_tokens: int) ->
         + communication.backward_bytes(
             num_tokens, *sizes, sequence_parallel=True, recompute=True, width=WIDTH
         )
+        + _expected_of_groups(student, num_tokens, passes=3)
         + communication.topk_loss_bytes(num_loss_tokens, trainer.config.loss.top_k, 2)
         + communication.stop_bytes(num_loss_tokens, num_stops, 2)
         + communication.loss_gradient_bytes(num_loss_tokens, student.hidden_size, 2, WIDTH)
         + communication.norm_gradient_bytes(norms, 2)
+    )
+
+
+def _expected_of_groups(model: HFModelConfig, num_tokens: int, passes: int) -> int:
+    if model.num_query_groups >= 2:
+        return 0
+    return communication.shared_group_bytes(
+        num_tokens, model.num_layers, model.num_qkv_rows, 2, passes, WIDTH
     )
 
 
@@ -319,12 +330,18 @@ def _of_group(
     return Measured(calls, sum(counter.sent[key] for key in keys), expected)
 
 
-@pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Measured]]:
+@pytest.fixture(scope="module", params=["two query groups", "one"])
+def training(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Measured]]:
+    """Of a student with so many query groups."""
     from tests.layouts import write_inputs  # imports transformers, which every rank would do
 
     config_file = write_inputs(tmp_path_factory.mktemp("communication"))
-    return run_distributed(measure_training, 4, config_file, timeout_s=300)
+    folder = config_file.parent
+    swapped = (f"student.path={folder}/teacher", f"teacher.path={folder}/student")
+    models = swapped if request.param == "one" else ()
+    return run_distributed(measure_training, 4, config_file, models, timeout_s=300)
 
 
 @pytest.mark.parametrize("name", ["teacher", "student", "gradients"])

@@ -10,11 +10,8 @@ from torch import Tensor
 from tests.ranks import ShardWidthGuard, run_distributed, vocab_shard
 from trb_megatron.distributed.vocab_parallel import (
     all_gather,
-    argmax,
     gather_at,
     mask_invalid,
-    sample_inverse_cdf,
-    sample_softmax,
     softmax,
     topk,
     vocab_range,
@@ -33,32 +30,12 @@ def build_logits() -> Tensor:
     return logits_NV
 
 
-def build_uniforms() -> Tensor:
-    uniforms_N = torch.rand(NUM_ROWS, generator=torch.Generator().manual_seed(2)).double()
-    uniforms_N[:6] = torch.tensor([0.0, 1 - 2**-53, 0.5, 1 - 2**-53, 0.0, 1.0], dtype=torch.float64)
-    return uniforms_N
-
-
-def build_wide_weights() -> Tensor:
-    """Several chunks of columns per shard; some without mass, and rows with mass in one place."""
-    generator = torch.Generator().manual_seed(3)
-    weights_NV = torch.rand(NUM_ROWS, 1500, generator=generator).square()
-    weights_NV[:, 100:300] = 0
-    weights_NV[:, -200:] = 0
-    weights_NV[10:20] = 0
-    weights_NV[10:20, 7::150] = 1e-30
-    weights_NV[20, :] = 0
-    weights_NV[20, 1280] = 1
-    return weights_NV
-
-
 def measure(tp_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Everything on this rank's shard, gathered where it is sharded."""
     group = dist.group.WORLD if dist.is_initialized() else tp_group
     shard_NU = mask_invalid(vocab_shard(build_logits(), group), NUM_VALID, group)
     logprobs_NU = softmax(shard_NU, tp_group=group).logprobs()
     values_NK, ids_NK = topk(shard_NU, TOP_K, tp_group=group)
-    weights_NU = logprobs_NU.exp()
     return {
         "range": vocab_range(shard_NU.shape[-1], group),
         "logprobs": all_gather(logprobs_NU, group).transpose(0, 1).flatten(1)[:, :NUM_VALID],
@@ -66,13 +43,6 @@ def measure(tp_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
         "ids": ids_NK,
         "gathered": gather_at(shard_NU, ids_NK, tp_group=group),
         "gathered_row": gather_at(shard_NU, ids_NK[:, 0], tp_group=group),
-        "argmax": argmax(shard_NU, tp_group=group),
-        "sampled": sample_inverse_cdf(weights_NU, build_uniforms(), tp_group=group),
-        "wide": sample_inverse_cdf(
-            vocab_shard(build_wide_weights(), group, fill=0), build_uniforms(), tp_group=group
-        ),
-        "softmax": torch.stack(sample_softmax(shard_NU, build_uniforms(), tp_group=group)),
-        "scaled": sample_inverse_cdf(weights_NU * 7, build_uniforms(), tp_group=group),
     }
 
 
@@ -96,11 +66,10 @@ def test_log_softmax(results: list[dict[str, Any]]) -> None:
     torch.testing.assert_close(results[0]["logprobs"].double(), expected_NV, rtol=1e-6, atol=1e-6)
 
 
-def test_topk_and_argmax_break_ties_by_id(results: list[dict[str, Any]]) -> None:
+def test_topk_breaks_ties_by_id(results: list[dict[str, Any]]) -> None:
     rows = build_logits().tolist()
     expected = [sorted(range(NUM_VALID), key=lambda i: (-row[i], i))[:TOP_K] for row in rows]
     assert results[0]["ids"].tolist() == expected
-    assert results[0]["argmax"].tolist() == [ids[0] for ids in expected]
     expected_NK = build_logits().gather(-1, torch.tensor(expected))
     assert torch.equal(results[0]["values"], expected_NK.double())
 
@@ -122,65 +91,6 @@ def test_gather_at(results: list[dict[str, Any]]) -> None:
     expected_NK = build_logits().gather(-1, results[0]["ids"])
     assert torch.equal(results[0]["gathered"], expected_NK)
     assert torch.equal(results[0]["gathered_row"], expected_NK[:, 0])
-
-
-def test_sampling_inverts_the_cdf(results: list[dict[str, Any]]) -> None:
-    sampled_N = results[0]["sampled"]
-    masses_NV = results[0]["logprobs"].exp()
-    assert (masses_NV.gather(-1, sampled_N[:, None]) > 0).all()
-    cdf_NV = masses_NV.double().cumsum(-1)
-    target_N1 = build_uniforms()[:, None] * cdf_NV[:, -1:]
-    expected_N = torch.searchsorted(cdf_NV, target_N1, right=True)[:, 0]
-    expected_N[5] = 9
-    assert torch.equal(sampled_N, expected_N)
-    assert sampled_N[3:5].tolist() == [NUM_VALID - 1, 90]
-    assert torch.equal(sampled_N, results[0]["scaled"])
-
-
-def test_sampling_a_softmax(results: list[dict[str, Any]]) -> None:
-    ids_N, log_normalizer_N = results[0]["softmax"]
-    assert torch.equal(ids_N, results[0]["sampled"])
-    logits_NV = build_logits()[:, :NUM_VALID].double()
-    torch.testing.assert_close(log_normalizer_N, logits_NV.logsumexp(dim=-1), rtol=1e-6, atol=1e-6)
-
-
-def test_sampling_a_broken_softmax_gives_some_id() -> None:
-    logits_NU = torch.zeros(4, 300)
-    logits_NU[0, 7], logits_NU[1, 7], logits_NU[2] = torch.nan, torch.inf, -torch.inf
-    ids_N, log_normalizer_N = sample_softmax(logits_NU, torch.rand(4), tp_group=None)
-    assert ((ids_N >= 0) & (ids_N < 300)).all()
-    assert log_normalizer_N.isfinite().tolist() == [False, False, False, True]
-
-
-def test_sampling_from_many_columns(results: list[dict[str, Any]]) -> None:
-    weights_NV = build_wide_weights().double()
-    cdf_NV = weights_NV.cumsum(-1)
-    target_N1 = build_uniforms()[:, None] * cdf_NV[:, -1:]
-    expected_N = torch.searchsorted(cdf_NV, target_N1, right=True)[:, 0]
-    expected_N[5] = 1299  # a uniform of 1 takes the last id with any mass
-    assert torch.equal(results[0]["wide"], expected_N)
-    assert (weights_NV.gather(-1, expected_N[:, None]) > 0).all()
-
-
-@pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-53])
-def test_zero_mass_is_never_sampled(uniform: float) -> None:
-    weights_NU = torch.tensor([[0, 0, 1e-30, 0, 2e-30, 0, 0]])
-    sampled_N = sample_inverse_cdf(weights_NU, torch.tensor([uniform]), tp_group=None)
-    assert sampled_N.item() == (4 if uniform > 0.34 else 2)
-
-
-def test_sampling_accumulates_in_float64() -> None:
-    weights_NU = torch.full((1, 128), 1e-9)
-    weights_NU[0, 0] = 1
-    sampled_N = sample_inverse_cdf(weights_NU, torch.tensor([1 - 2**-53]).double(), tp_group=None)
-    assert sampled_N.item() == 127
-
-
-@pytest.mark.parametrize("weight", [0.0, float("nan"), float("inf")])
-def test_weights_without_a_finite_sum_are_refused(weight: float) -> None:
-    weights_NU = torch.tensor([[1.0, 1.0], [weight, 0.0]])
-    with pytest.raises(ValueError, match="row 1"):
-        sample_inverse_cdf(weights_NU, torch.rand(2), tp_group=None)
 
 
 def test_mask_invalid_upcasts_and_leaves_its_input() -> None:

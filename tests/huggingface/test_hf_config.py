@@ -1,6 +1,7 @@
 """Reading HF configurations: what is supported, and layouts that don't fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,13 +63,58 @@ def test_missing_and_broken_config_are_named(tmp_path: Path) -> None:
 
 def test_layout_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = read_hf_config(make_checkpoint(tmp_path))
-    check_layout(config, 2, 2)
-    with pytest.raises(ValueError, match=r"=3 does not divide num_attention_heads=4"):
-        check_layout(config, 3, 1)
-    with pytest.raises(ValueError, match=r"=4 does not divide num_key_value_heads=2"):
-        check_layout(config, 4, 1)
+    for tp in (1, 2, 4):
+        check_layout([config], tp, 2)
+    with pytest.raises(ValueError, match=r"=3 does not divide num_attention_heads=4; sizes that f"):
+        check_layout([config], 3, 1)
     with pytest.raises(ValueError, match=r"=3 exceeds the model's 2 layers"):
-        check_layout(config, 1, 3)
+        check_layout([config], 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fitting"),
+    [
+        # SmolLM2-135M
+        ({"num_attention_heads": 9, "num_query_groups": 3, "ffn_hidden_size": 1536}, [1, 3]),
+        # Qwen2.5-0.5B
+        ({"num_attention_heads": 14, "num_query_groups": 2, "ffn_hidden_size": 4864}, [1, 2]),
+        # Qwen3-1.7B
+        ({"num_attention_heads": 16, "num_query_groups": 8}, [1, 2, 4, 8, 16]),
+        # 3, 6: neither divides 4 nor the other way round; 12: does not divide 20 heads * 128 rows.
+        ({"num_attention_heads": 12, "num_query_groups": 4}, [1, 2, 4]),
+        ({"num_attention_heads": 12, "num_query_groups": 4, "head_dim": 96}, [1, 2, 4, 12]),
+        ({"num_attention_heads": 12, "num_query_groups": 12, "num_experts": 8}, [1, 2, 4]),
+    ],
+    ids=str,
+)
+def test_sizes_that_fit_a_model_are_listed(
+    tmp_path: Path, sizes: dict[str, int], fitting: list[int]
+) -> None:
+    tiny = read_hf_config(make_checkpoint(tmp_path))
+    defaults = {"head_dim": 128, "ffn_hidden_size": 6144}
+    experts = {"expert_ffn_hidden_size": 512} if "num_experts" in sizes else {}
+    config = replace(tiny, **{**defaults, **experts, **sizes})  # type: ignore[arg-type]
+    listed = f"sizes that fit: {', '.join(map(str, fitting))}"
+    for tp in range(1, 2 * config.num_attention_heads + 1):
+        if tp in fitting:
+            check_layout([config], tp, 1)
+            continue
+        with pytest.raises(ValueError) as caught:
+            check_layout([config], tp, 1)
+        assert str(caught.value).startswith(f"{tmp_path}: parallel.tensor_model_parallel_size={tp}")
+        assert str(caught.value).endswith(listed)
+
+
+def test_sizes_that_fit_a_pair_fit_both(tmp_path: Path) -> None:
+    tiny = read_hf_config(make_checkpoint(tmp_path))
+    student = replace(tiny, num_attention_heads=12, num_query_groups=12, ffn_hidden_size=96)
+    teacher = replace(tiny, num_attention_heads=8, num_query_groups=1, path=tmp_path / "teacher")
+    with pytest.raises(
+        ValueError,
+        match=r"teacher: -t=12 does not divide num_attention_heads=8; sizes that fit both models: "
+        "1, 2, 4$",
+    ):
+        check_layout([student, teacher], 12, 1, ("-t", "-p"))
 
 
 @pytest.mark.parametrize(("num_layers", "pp"), [(1, 1), (8, 4), (7, 2), (9, 4), (5, 5)])

@@ -129,21 +129,22 @@ def test_stopped_run_ends_as_if_never_stopped(config_file: Path, seen: dict[str,
     assert [row["step"] for row in read_metrics(stopped)] == list(range(STEPS + 1))
 
 
-def test_a_signal_to_all_processes_breaks_no_save(tmp_path: Path) -> None:
-    """A cluster signals also what the ranks have started; in a save, and after one."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_breaks_no_save(number: signal.Signals, tmp_path: Path) -> None:
+    """A cluster or a terminal signals also what ranks have started; in a save, and after one."""
     config_file, run_dir = write_inputs(tmp_path), tmp_path / "run"
     partial = run_dir / "checkpoints/step_2.partial"
     options = (f"run.dir={run_dir}", f"training.steps={STEPS}", "checkpoint.keep=9")
 
     with Job(config_file, (*options, "checkpoint.every=2"), tmp_path / "in a save") as job:
         job.wait_until(lambda: partial.exists() and any(partial.glob("*.distcp")))
-        job.signal_all(signal.SIGTERM)
+        job.signal_all(number)
         job.finish()
     assert [checkpoint.name for checkpoint in find_checkpoints(run_dir)] == ["step_2"]
 
     with Job(config_file, (*options, "checkpoint.every=1"), tmp_path / "after a save") as job:
         job.wait_until(lambda: job.mark(0) == ("update", 3))
-        job.signal_all(signal.SIGTERM)
+        job.signal_all(number)
         job.finish()
     checkpoints = find_checkpoints(run_dir)
     assert [checkpoint.name for checkpoint in checkpoints] == ["step_2", "step_3", "step_4"]

@@ -165,7 +165,7 @@ def test_a_rank_that_was_asked_to_end_is_not_blamed(
     store: dist.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked, other = (Supervisor(store, rank, 2, neighbors=range(2)) for rank in range(2))
-    asked.note_termination()
+    assert asked.claim("ended by a signal")
     for supervisor in (asked, other):
         supervisor.close()
     monkeypatch.setattr(other, "dead_neighbor", lambda: "rank 0 was killed")

@@ -14,7 +14,7 @@ from tests.ranks import run_distributed
 from trb_megatron.huggingface.config import read_hf_config
 from trb_megatron.huggingface.tensors import CheckpointError
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
 NUM_TOKENS = 4 * ORIGINAL_CONTEXT  # beyond the context that rope scaling starts from
 IS_TIED = {"llama-linear": True, "qwen2": True, "qwen3_moe": True}
 

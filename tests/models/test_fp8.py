@@ -318,10 +318,14 @@ def test_fp8_is_refused_on_a_cpu_before_anything_is_loaded(tmp_path: Path) -> No
 
 def test_the_plan_counts_the_copies_of_weights(tmp_path: Path) -> None:
     """A byte of each teacher's, and two of each student's weight in layers, on their rank."""
+    teacher_path = make_checkpoint(tmp_path / "two groups", num_layers=5, hidden_size=48)
     plans = {}
     for precision in ("bf16", "fp8"):
         config = _config(
-            tmp_path, f"training.precision={precision}", "parallel.tensor_model_parallel_size=2"
+            tmp_path,
+            f"training.precision={precision}",
+            f"teacher.path={teacher_path}",
+            "parallel.tensor_model_parallel_size=2",
         )
         sources = ModelSources.read(config, with_teacher=True)
         plans[precision] = make_plan(config, sources, world_size=2)

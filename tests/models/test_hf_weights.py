@@ -63,10 +63,15 @@ def test_export_keeps_config_tokenizer_and_generation_config(
     )
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
 @pytest.mark.parametrize("tied", [True, False])
-def test_mapping_reads_shards_and_joins_them_exactly(tmp_path: Path, tp: int, tied: bool) -> None:
-    config = read_hf_config(make_checkpoint(tmp_path, tied=tied, vocab_size=61))
+def test_mapping_reads_shards_and_joins_them_exactly(
+    tmp_path: Path, tp: int, num_groups: int, tied: bool
+) -> None:
+    config = read_hf_config(
+        make_checkpoint(tmp_path, num_groups=num_groups, tied=tied, vocab_size=61)
+    )
     tensors = HFTensors(tmp_path)
     rebuilt: dict[str, torch.Tensor] = {}
     for param in map_params(config.family, config.shape(128)).values():
@@ -85,9 +90,10 @@ def test_grouped_qkv_layout_is_megatrons(tmp_path: Path) -> None:
         "decoder.layers.0.self_attention.linear_qkv.weight"
     ]
     q, k, v = (HFTensors(tmp_path).slice(name)[:] for name in param.hf_names)
-    qkv = param.read_shard([q, k, v], 0, 1)
     expected = torch.cat([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]])
-    assert torch.equal(qkv, expected)
+    for tp in (1, 2, 4):
+        for rank, rows in enumerate(expected.chunk(tp)):
+            assert torch.equal(param.read_shard([q, k, v], rank, tp), rows)
 
 
 def _sharded(folder: Path) -> Path:

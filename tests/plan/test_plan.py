@@ -63,6 +63,8 @@ BF16 = {
     "qwen3_moe": Layout(tp=2, dp=2),
     # Two stages share a tied embedding, and two replicas cut its optimizer.
     "llama": Layout(pp=2, dp=2),
+    # Ranks share query groups: each caches the student's only one, and one of the teacher's two.
+    "qwen2-one-group": Layout(tp=4, overrides=("parallel.sequence_parallel=true",)),
 }
 
 
@@ -91,7 +93,8 @@ def _hold(config_file: Path, overrides: tuple[str, ...]) -> tuple[Holdings, int]
 def test_plan_is_what_ranks_hold_in_bf16(tmp_path: Path, family: str) -> None:
     config_file = write_inputs(tmp_path)
     make_family_checkpoint(tmp_path / "small", family, tied=True, max_position_embeddings=128)
-    make_family_checkpoint(tmp_path / "large", "qwen3", max_position_embeddings=128)
+    large = "qwen2" if family.startswith("qwen2") else "qwen3"  # with the same kind of tokenizer
+    make_family_checkpoint(tmp_path / "large", large, max_position_embeddings=128)
     layout = BF16[family]
     overrides = [
         *layout_overrides(layout),
@@ -262,6 +265,15 @@ def test_activations_of_a_layer_by_hand(config_file: Path) -> None:
     )
     of_layer = 4 * 2048 + (3 * 16 + 3 * 8) * 128 + 4 * 6144
     assert need.activations == 2 * (8192 * 28 * of_layer + 151_936 * 2048)
+    # 16 ranks, 8 query groups: each has a head, a key and a value, and gathers those of all.
+    (need,) = _memory(
+        config_file,
+        16,
+        *("training.max_tokens_per_microbatch=8192", "training.precision=bf16"),
+        "parallel.tensor_model_parallel_size=16",
+    )
+    of_layer = 4 * 2048 + (2 + 1 + 16 + 2 * 8) * 128 + 4 * 6144 // 16
+    assert need.activations == 2 * (8192 * 28 * of_layer + 151_936 // 16 * 2048)
 
 
 # ---------------------------------------------------------------- refusals
@@ -276,7 +288,8 @@ REFUSED: dict[str, tuple[int, tuple[str, ...], str]] = {
     "heads": (
         3,
         ("parallel.tensor_model_parallel_size=3",),
-        r"parallel\.tensor_model_parallel_size=3 does not divide num_attention_heads=16",
+        r"parallel\.tensor_model_parallel_size=3 does not divide num_attention_heads=16; "
+        "sizes that fit both models: 1, 2, 4, 8, 16$",
     ),
     "layers": (
         32,

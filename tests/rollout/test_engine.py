@@ -98,6 +98,9 @@ def _run(folder: Path) -> dict[str, Any]:
         bench.tokens(bench.engine(cache_gb=2e-5))
     except ValueError as error:
         found["too small"] = str(error)
+    auto = bench.engine(draft_tokens="auto", max_sequences=6)
+    spec = bench.spec(LENGTH)
+    found["costs"] = {n: auto.measure_draft_costs(bench.policy, spec, n) for n in (4, 24)}
     found["peak memory"] = _peaks_of_ten_thousand(bench)
     checking = mock.patch("trb_megatron.behavior.policies.sample_softmax", _checking)
     with _no_readback(), checking:
@@ -123,11 +126,11 @@ def _peaks_of_ten_thousand(bench: Bench) -> list[int]:
 
 
 def _checking(*args: Any, **kwargs: Any) -> Any:
-    from trb_megatron.distributed.vocab_parallel import sample_softmax
+    from trb_megatron.behavior.sampling import sample_softmax
 
-    ids_N, log_normalizer_N = sample_softmax(*args, **kwargs)
-    assert log_normalizer_N.isfinite().all()
-    return ids_N, log_normalizer_N
+    sample = sample_softmax(*args, **kwargs)
+    assert sample.logprobs.isfinite().all()
+    return sample
 
 
 def _recording() -> Any:
@@ -135,10 +138,15 @@ def _recording() -> Any:
     from trb_megatron.models import decode_graphs
 
     def record(
-        step: Callable[[], torch.Tensor],
-    ) -> tuple[Callable[[], None], torch.Tensor]:
-        result = step()
-        return lambda: result.copy_(step()), result
+        step: Callable[[], tuple[torch.Tensor, ...]],
+    ) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
+        results = step()
+
+        def replay() -> None:
+            for result, value in zip(results, step(), strict=True):
+                result.copy_(value)
+
+        return replay, results
 
     return mock.patch.object(decode_graphs, "record_cuda_graph", record)
 
@@ -275,3 +283,12 @@ def test_tasks_of_different_lengths_take_turns() -> None:
     log: list[str] = []
     take_turns([_turns("a", log, 3), _turns("b", log, 1), _turns("c", log, 2)])
     assert log == ["a0", "b0", "c0", "a1", "c1", "a2"]
+
+
+def test_draft_costs_are_of_the_rounds_that_a_step_has(results: dict[str, Any]) -> None:
+    """Of the responses of a step, or as many as have slots."""
+    for num_responses, sizes in ((4, (1, 2, 4)), (24, (1, 2, 6))):
+        costs = results["costs"][num_responses]
+        assert costs.num_sequences == sizes
+        assert costs.num_positions == (1, 9, 17)
+        assert all(0 < seconds < 60 for row in costs.seconds for seconds in row)

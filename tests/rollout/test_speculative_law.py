@@ -22,6 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.ranks import run_distributed
 from tests.reference import DenseBehavior, dense_blend, dense_skd, dense_teacher
 from trb_megatron.huggingface.config import read_hf_config
+from trb_megatron.uniforms import Purpose
 
 NUM_IDS, NUM_ROWS = 8, 10  # the last two rows are padding
 DRAFTS = 2
@@ -135,22 +136,23 @@ def _accept_too_often(student_N: Tensor, behavior_N: Tensor, u_accept_N: Tensor)
 
 
 def _teacher_for_residual(
-    student_NU: Tensor, behavior_NU: Tensor, proposed_N: Tensor, u_N: Tensor, *, tp_group: Any
+    student_NU: Tensor, behavior_NU: Tensor, proposed_N: Tensor, key_N: Tensor, *, tp_group: Any
 ) -> Tensor:
-    from trb_megatron.distributed.vocab_parallel import sample_inverse_cdf
+    from trb_megatron.behavior.sampling import sample_weights
 
     # Which pair a row belongs to shows in the student's distribution.
     student_VV = STUDENT_VV.log_softmax(-1).float()
     pair_N = torch.cdist(student_NU[:, :NUM_IDS], student_VV).argmin(dim=-1)
-    return sample_inverse_cdf(TEACHER_VV.softmax(-1)[pair_N], u_N, tp_group=tp_group)
+    weights_NV = TEACHER_VV.softmax(-1)[pair_N]
+    return sample_weights(weights_NV, key_N, Purpose.RESIDUAL, tp_group=tp_group)
 
 
 def _behavior_for_residual(
-    student_NU: Tensor, behavior_NU: Tensor, proposed_N: Tensor, u_N: Tensor, *, tp_group: Any
+    student_NU: Tensor, behavior_NU: Tensor, proposed_N: Tensor, key_N: Tensor, *, tp_group: Any
 ) -> Tensor:
-    from trb_megatron.distributed.vocab_parallel import sample_inverse_cdf
+    from trb_megatron.behavior.sampling import sample_weights
 
-    return sample_inverse_cdf(behavior_NU.exp(), u_N, tp_group=tp_group)
+    return sample_weights(behavior_NU.exp(), key_N, Purpose.RESIDUAL, tp_group=tp_group)
 
 
 MUTANTS: dict[str, tuple[str, Callable[..., Tensor]]] = {
@@ -204,7 +206,7 @@ def _sample(folder: Path) -> dict[str, Drawn]:
         model = build_model(config, layout, vocab_size=NUM_ROWS, dtype=torch.float32)
         load_hf_weights(model, config, layout)
         models.append(model.eval().requires_grad_(False))
-    spec = ResponseSpec(max_response_tokens=RESPONSE_TOKENS, stop_ids=(), seed=5, step=0)
+    spec = ResponseSpec(max_response_tokens=RESPONSE_TOKENS, stop_ids=(), seed=6, step=0)
     shared: Any = {
         "temperature": 1.0,
         "num_valid": NUM_IDS,

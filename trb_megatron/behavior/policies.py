@@ -1,8 +1,8 @@
 """Policies: the distributions that rollouts are sampled from, and how a token is drawn from each.
 
-A policy sees the logits of N prefixes on this rank's vocabulary shard, and the random numbers of
-each. It knows nothing of caches, batches or draft lengths. A policy that asks the teacher is a
-distribution mu here, no more: all of them draw by the same maximal coupling with the student's
+A policy sees the logits of N prefixes on this rank's vocabulary shard, and the key of each one's
+random numbers. It knows nothing of caches, batches or draft lengths. A policy that asks the teacher
+is a distribution mu here, no more: all of them draw by the same maximal coupling with the student's
 proposal (`coupling.draw_tokens`), hence exactly and speculatively at any draft length.
 
 p = student, q = teacher, both at the rollout temperature, over aligned stop events; mu = behavior
@@ -21,17 +21,15 @@ from torch import Tensor
 
 from trb_megatron.batch import TokenRecord
 from trb_megatron.behavior.coupling import draw_tokens
+from trb_megatron.behavior.sampling import Sample, most_likely, sample_softmax
 from trb_megatron.behavior.solver import solve_behavior
 from trb_megatron.behavior.stop_alignment import StopAlignment, align_stop_ids
 from trb_megatron.distributed.vocab_parallel import (
     Softmax,
     all_gather,
-    argmax,
-    gather_at,
     gather_each_at,
     mask_invalid,
     raise_at_row,
-    sample_softmax,
     softmax,
     topk,
     vocab_range,
@@ -42,7 +40,7 @@ from trb_megatron.uniforms import Purpose
 class Policy(Protocol):
     """A distribution over the next token; its decisions are identical on all TP ranks.
 
-    `uniforms_3N` are the random numbers of each prefix by `Purpose` (`uniforms.drawing_uniforms`).
+    `key_N` keys the random numbers of each prefix (`uniforms.position_keys`).
     """
 
     @property
@@ -56,17 +54,23 @@ class Policy(Protocol):
         """
         ...
 
-    def propose(self, student_logits_NU: Tensor, uniforms_3N: Tensor) -> Tensor:
-        """The student's proposal [N], with which `draw` starts; collective over the TP group.
+    def propose(self, student_logits_NU: Tensor, key_N: Tensor) -> Sample:
+        """The student's proposals [N], with which `draw` starts; collective over the TP group.
 
         The host does not wait for the device, and logits are not checked: `draw` does that.
         """
         ...
 
     def draw(
-        self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms_3N: Tensor
+        self,
+        proposal: Sample,
+        student_logits_NU: Tensor,
+        teacher_logits_NU: Tensor | None,
+        key_N: Tensor,
     ) -> tuple[Tensor, TokenRecord]:
         """Token ids [N] and what is recorded of them; collective over the TP group.
+
+        `proposal` is from `propose` with these logits and keys.
 
         Raises RowError, on all ranks alike, for logits that cannot be used.
         """
@@ -103,19 +107,24 @@ class StudentPolicy(_TemperedPolicy):
     needs_teacher = False
     least_acceptance = 1.0
 
-    def propose(self, student_logits_NU: Tensor, uniforms_3N: Tensor) -> Tensor:
-        """Inverse-CDF sampling by the draft uniform, or argmax at temperature 0."""
-        return self._sample(self._logits(student_logits_NU), uniforms_3N)[0]
+    def propose(self, student_logits_NU: Tensor, key_N: Tensor) -> Sample:
+        """A sample by the draft's noise; at temperature 0 the most likely id."""
+        own_ids = () if self.alignment is None else self.alignment.student_ids
+        logits_NU = self._tempered(student_logits_NU, own_ids, self.temperature or 1.0)
+        if self.temperature == 0:
+            return most_likely(logits_NU, tp_group=self.tp_group)
+        return sample_softmax(logits_NU, key_N, Purpose.DRAFT, tp_group=self.tp_group)
 
     def draw(
-        self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms_3N: Tensor
+        self,
+        proposal: Sample,
+        student_logits_NU: Tensor,
+        teacher_logits_NU: Tensor | None,
+        key_N: Tensor,
     ) -> tuple[Tensor, TokenRecord]:
-        """The proposal itself."""
-        logits_NU = self._logits(student_logits_NU)
-        token_ids_N, log_normalizer_N = self._sample(logits_NU, uniforms_3N)
-        raise_at_row({"student logits hold a NaN, a +inf or no id": ~log_normalizer_N.isfinite()})
-        logits_N = gather_at(logits_NU, token_ids_N, tp_group=self.tp_group)
-        logprobs_N = (logits_N - log_normalizer_N).float()
+        """The proposal itself; its log-probability is that at temperature 1 where it is 0."""
+        token_ids_N, logprobs_N = proposal
+        raise_at_row({"student logits hold a NaN, a +inf or no id": ~logprobs_N.isfinite()})
         zeros = torch.zeros_like(logprobs_N)
         record = TokenRecord(
             student_logprobs=logprobs_N,
@@ -126,20 +135,6 @@ class StudentPolicy(_TemperedPolicy):
             accepted=torch.ones_like(zeros, dtype=torch.bool),
         )
         return token_ids_N, record
-
-    def _logits(self, logits_NU: Tensor) -> Tensor:
-        """Logits over the temperature, at temperature 0 as they are, with stop ids merged."""
-        own_ids = () if self.alignment is None else self.alignment.student_ids
-        return self._tempered(logits_NU, own_ids, self.temperature or 1.0)
-
-    def _sample(self, logits_NU: Tensor, uniforms_3N: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and log-normalizers; the host does not wait for the device."""
-        ids_N, log_normalizer_N = sample_softmax(
-            logits_NU, uniforms_3N[Purpose.DRAFT], tp_group=self.tp_group
-        )
-        if self.temperature == 0:
-            ids_N = argmax(logits_NU, tp_group=self.tp_group)
-        return ids_N, log_normalizer_N
 
 
 class Guidance(NamedTuple):
@@ -171,29 +166,32 @@ class GuidedPolicy(_TemperedPolicy, ABC):
         """The distributions at N prefixes, from both models' logits; collective over the TP
         group: logits sharded, the fields of size N replicated; not differentiable."""
 
-    def propose(self, student_logits_NU: Tensor, uniforms_3N: Tensor) -> Tensor:
-        """A token of the student, by the draft uniform."""
+    def propose(self, student_logits_NU: Tensor, key_N: Tensor) -> Sample:
+        """A sample of the student, by the draft's noise."""
         student = StudentPolicy(
             temperature=self.temperature,
             num_valid=self.num_valid,
             alignment=self.alignment,
             tp_group=self.tp_group,
         )
-        return student.propose(student_logits_NU, uniforms_3N)
+        return student.propose(student_logits_NU, key_N)
 
     def draw(
-        self, student_logits_NU: Tensor, teacher_logits_NU: Tensor | None, uniforms_3N: Tensor
+        self,
+        proposal: Sample,
+        student_logits_NU: Tensor,
+        teacher_logits_NU: Tensor | None,
+        key_N: Tensor,
     ) -> tuple[Tensor, TokenRecord]:
-        """Draw from mu with the position's three uniforms, starting with the proposal."""
+        """Draw from mu with the position's key, starting with the proposal."""
         assert teacher_logits_NU is not None
         guidance = self.solve(student_logits_NU, teacher_logits_NU)
         student_NU, behavior_NU = guidance.student.logprobs(), guidance.behavior_NU
         drawn = draw_tokens(
             student_NU,
             behavior_NU,
-            uniforms_3N[Purpose.DRAFT],
-            uniforms_3N[Purpose.ACCEPT],
-            uniforms_3N[Purpose.RESIDUAL],
+            proposal.token_ids,
+            key_N,
             tp_group=self.tp_group,
         )
         student_N, teacher_N, behavior_N = gather_each_at(

@@ -61,6 +61,7 @@ class TrainingState:
         evaluation_is_due: the run was stopped before the evaluation that belongs to this step.
         data_fingerprint: of the prompt set that the position refers to.
         config: the resolved configuration as plain data.
+        sampling: the rule by which random numbers become tokens (`behavior.sampling.RULE`).
     """
 
     step: int
@@ -69,6 +70,8 @@ class TrainingState:
     evaluation_is_due: bool
     data_fingerprint: str
     config: dict[str, Any]
+    sampling: str = "inverse CDF"
+    """The default is the rule of checkpoints that don't say theirs."""
 
 
 def read_training_state(checkpoint: Path) -> TrainingState:

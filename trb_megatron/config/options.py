@@ -69,8 +69,8 @@ class ParallelConfig(Section):
     """How both models are spread over the ranks."""
 
     tensor_model_parallel_size: Count = 1
-    """Ranks that share each layer. What tensor x pipeline size leaves of the ranks is data
-    parallel."""
+    """Ranks that share each layer. Both models must be divisible by it; an error lists the sizes
+    that fit. What tensor x pipeline size leaves of the ranks is data parallel."""
     pipeline_model_parallel_size: Count = 1
     """Stages that the layers are cut into."""
     sequence_parallel: Flag = False

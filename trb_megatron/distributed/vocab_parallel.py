@@ -1,9 +1,9 @@
-"""Mathematics on a vocabulary shard: normalizers, gather, top-k, inverse-CDF sampling.
+"""Mathematics on a vocabulary shard: normalizers, gather, top-k.
 
 Shapes: N rows (packed tokens), K ids of a row, R ranks of the group, V full vocabulary, U = V/R
 this rank's shard: rank r of the group owns ids [r*U, (r+1)*U). `tp_group=None` means unsharded.
 
-An id whose logit is -inf does not exist: it has no mass, is never sampled and never in a top-k.
+An id whose logit is -inf does not exist: it has no mass and is never in a top-k.
 
 Every sum over the vocabulary is an all-gather of per-rank partials, added in rank order: all ranks
 compute bit-identical numbers, and so they take the same decisions. Nothing here is differentiable.
@@ -17,8 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 FLOAT32_MIN = torch.finfo(torch.float32).min
-# Columns that sampling looks at one by one; of the others it needs sums of so many.
-_CHUNK_WIDTH = 128
 # Columns of which a search for the largest first looks at the maximum.
 _SEGMENT = 64
 
@@ -224,18 +222,6 @@ def gather_each_at(
     return values_RINK.gather(0, owner_INK[None])[0].reshape(-1, *ids.shape).unbind(dim=0)
 
 
-def argmax(logits_NU: Tensor, *, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Return the id of each row's largest logit, ties to the lowest id, [N] int64.
-
-    One all-gather over `tp_group`; logits sharded, result replicated.
-    """
-    start, _ = vocab_range(logits_NU.shape[-1], tp_group)
-    value_N, index_N = logits_NU.max(dim=-1).values, logits_NU.argmax(dim=-1)
-    candidates_RN2 = all_gather(torch.stack((value_N.double(), index_N + start), -1), tp_group)
-    best_N = candidates_RN2[..., 0].argmax(dim=0)
-    return candidates_RN2[..., 1].gather(0, best_N[None])[0].long()
-
-
 def topk(logits_NU: Tensor, k: int, *, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Return the k largest logits of each row and their ids, both [N, K], largest first.
 
@@ -294,84 +280,3 @@ def _local_topk(logits_NU: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids_NK = ids_NK.sort(dim=-1).values
     values_NK, order_NK = logits_NU.gather(-1, ids_NK).sort(dim=-1, descending=True, stable=True)
     return values_NK, ids_NK.gather(-1, order_NK)
-
-
-def sample_inverse_cdf(
-    weights_NU: Tensor, uniforms_N: Tensor, *, tp_group: dist.ProcessGroup | None
-) -> Tensor:
-    """Return the id where each row's cumulative weight, in id order, first exceeds u * total.
-
-    Weights are nonnegative and need not be normalized; uniforms are in [0, 1). An id of weight
-    zero is never returned. Two all-gathers over `tp_group` (shard sums, then the owner's id);
-    weights sharded, uniforms and result ([N] int64) replicated; accumulates in float64. Raises
-    ValueError, on all ranks alike, for a row whose total is not positive and finite; for that the
-    host waits for the device, once.
-    """
-    ids_N, total_N = _invert_cdf(weights_NU, uniforms_N, tp_group)
-    raise_at_row({"sampling weights have no finite sum": ~((total_N > 0) & (total_N < torch.inf))})
-    return ids_N
-
-
-def sample_softmax(
-    logits_NU: Tensor, uniforms_N: Tensor, *, tp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Sample each row's softmax by inverse CDF; also its log-normalizer: ids and floats, [N].
-
-    Like `sample_inverse_cdf` of the exponentials, but the host never waits: a row that holds a NaN,
-    a +inf or no id at all gets some id, and a log-normalizer that is not finite. Three all-gathers
-    over `tp_group` (maxima, shard sums, the owner's id); fp32 logits sharded, the rest replicated;
-    log-normalizers in float64.
-    """
-    max_N = all_gather(logits_NU.amax(dim=-1), tp_group).amax(dim=0)
-    ids_N, total_N = _invert_cdf((logits_NU - max_N[:, None]).exp_(), uniforms_N, tp_group)
-    return ids_N, max_N + total_N.log()
-
-
-def _invert_cdf(
-    weights_NU: Tensor, uniforms_N: Tensor, tp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Ids as of `sample_inverse_cdf`, some id where there is none, and the rows' totals."""
-    # The rank, the chunk, the column: a sum over all columns is cheap, a cumulative sum is not.
-    mass_NC = _chunk_sums(weights_NU)
-    mass_NR = all_gather(mass_NC.sum(dim=-1), tp_group).T
-    total_N = mass_NR.sum(dim=-1)
-    owner_N, rest_N = _locate(mass_NR, uniforms_N.double() * total_N)
-    # Every rank looks, the owner's find counts: that is cheaper than to know which rows are here.
-    chunk_N, rest_N = _locate(mass_NC, rest_N)
-    column_N, _ = _locate(_chunk_columns(weights_NU, chunk_N), rest_N)
-    start, stop = vocab_range(weights_NU.shape[-1], tp_group)
-    ids_N = (start + chunk_N * _CHUNK_WIDTH + column_N).clamp_max_(stop - 1)
-    return all_gather(ids_N, tp_group).gather(0, owner_N[None])[0], total_N
-
-
-def _chunk_sums(weights_NU: Tensor) -> Tensor:
-    """[N, C] float64 sums over chunks of _CHUNK_WIDTH columns; the last may be narrower."""
-    whole = weights_NU.shape[-1] // _CHUNK_WIDTH * _CHUNK_WIDTH
-    parts = (weights_NU[:, :whole].unflatten(-1, (-1, _CHUNK_WIDTH)), weights_NU[:, None, whole:])
-    return torch.cat([part.sum(dim=-1, dtype=torch.float64) for part in parts], dim=-1)
-
-
-def _chunk_columns(weights_NU: Tensor, chunk_N: Tensor) -> Tensor:
-    """One chunk of each row, [N, _CHUNK_WIDTH] float64, with zeros beyond the last column."""
-    offsets = torch.arange(_CHUNK_WIDTH, device=weights_NU.device)
-    column_NW = chunk_N[:, None] * _CHUNK_WIDTH + offsets
-    width = weights_NU.shape[-1]
-    return weights_NU.gather(-1, column_NW.clamp_max(width - 1)) * (column_NW < width).double()
-
-
-def _locate(mass_NC: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The first place whose cumulative mass exceeds the target, and what of the target is left.
-
-    A place without mass is never found: a target at the total or above belongs to the last with
-    any. Masses are float64.
-    """
-    if mass_NC.shape[-1] == 1:
-        return torch.zeros_like(target_N, dtype=torch.long), target_N
-    cumulative_NC = mass_NC.cumsum(dim=-1)
-    # A parallel cumulative sum can rise by rounding at a mass of zero.
-    end_NC = cumulative_NC * (mass_NC > 0)
-    last_end_N1 = end_NC.amax(dim=-1, keepdim=True) * (1 - 2**-52)
-    is_beyond_NC = end_NC > torch.minimum(target_N[:, None], last_end_N1)
-    place_N1 = is_beyond_NC.byte().argmax(dim=-1, keepdim=True)
-    before_N1 = (cumulative_NC - mass_NC).gather(-1, place_N1)
-    return place_N1[:, 0], target_N - before_N1[:, 0]

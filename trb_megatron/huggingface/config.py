@@ -6,6 +6,7 @@ Also how its layers and vocabulary are spread over pipeline and tensor-parallel 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -50,6 +51,11 @@ class HFModelConfig:
     expert_ffn_hidden_size: int = 0
     normalize_expert_weights: bool = False
 
+    @property
+    def num_qkv_rows(self) -> int:
+        """Rows of a layer's query, key and value weights together."""
+        return (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim
+
     def shape(self, padded_vocab_size: int) -> ModelShape:
         """The sizes that the parameter mapping needs, at a padded vocabulary."""
         return ModelShape(
@@ -65,6 +71,10 @@ class HFModelConfig:
             num_experts=self.num_experts,
             expert_ffn_hidden_size=self.expert_ffn_hidden_size,
         )
+
+
+QKV_ROWS = "(num_attention_heads + 2 * num_key_value_heads) * head_dim"
+"""`num_qkv_rows` in the names of a `config.json`, for messages."""
 
 
 def read_hf_config(path: Path) -> HFModelConfig:
@@ -189,25 +199,57 @@ def layers_of_stages(num_layers: int, pp_size: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(accumulate(counts, initial=0))]
 
 
-def check_layout(config: HFModelConfig, tp_size: int, pp_size: int) -> None:
-    """Refuse a layout that the model cannot be cut into.
+def check_layout(
+    models: Sequence[HFModelConfig],
+    tp_size: int,
+    pp_size: int,
+    options: tuple[str, str] = (
+        "parallel.tensor_model_parallel_size",
+        "parallel.pipeline_model_parallel_size",
+    ),
+) -> None:
+    """Refuse a layout that the models, which share the ranks, cannot all be cut into.
+
+    Args:
+        options: what sets `tp_size` and `pp_size`, for the messages.
 
     Raises:
-        ValueError: names the size that TP does not divide, or a pipeline longer than the model.
+        ValueError: names the size that TP does not fit, and the TP sizes that fit all models; or a
+            pipeline longer than a model.
     """
+    tp_option, pp_option = options
+    for model in models:
+        misfit = _tp_misfit(model, tp_size)
+        if misfit is not None:
+            most = min(model.num_attention_heads for model in models)
+            sizes = [n for n in range(1, most + 1) if not any(_tp_misfit(m, n) for m in models)]
+            fitting = "sizes that fit" + (" both models" if len(models) > 1 else "")
+            raise ValueError(
+                f"{model.path}: {tp_option}={tp_size} {misfit}; "
+                f"{fitting}: {', '.join(map(str, sizes))}"
+            )
+        if pp_size > model.num_layers:
+            raise ValueError(
+                f"{model.path}: {pp_option}={pp_size} exceeds the model's {model.num_layers} layers"
+            )
+
+
+def _tp_misfit(model: HFModelConfig, tp_size: int) -> str | None:
+    """Why a model cannot be cut over so many tensor-parallel ranks, as the end of a sentence.
+
+    Ranks hold whole heads. They hold whole query groups, too, or several share one group: then they
+    cut the rows of the QKV weight evenly, wherever that falls.
+    """
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if heads % tp_size != 0:
+        return f"does not divide num_attention_heads={heads}"
+    if groups % tp_size != 0 and tp_size % groups != 0:
+        return f"is neither a divisor nor a multiple of num_key_value_heads={groups}"
     for name, size in (
-        ("num_attention_heads", config.num_attention_heads),
-        ("num_key_value_heads", config.num_query_groups),
-        ("intermediate_size", config.ffn_hidden_size),
-        ("moe_intermediate_size", config.expert_ffn_hidden_size),
+        (QKV_ROWS, model.num_qkv_rows),
+        ("intermediate_size", model.ffn_hidden_size),
+        ("moe_intermediate_size", model.expert_ffn_hidden_size),
     ):
         if size % tp_size != 0:
-            raise ValueError(
-                f"{config.path}: parallel.tensor_model_parallel_size={tp_size} does not divide "
-                f"{name}={size}; choose a divisor"
-            )
-    if pp_size > config.num_layers:
-        raise ValueError(
-            f"{config.path}: parallel.pipeline_model_parallel_size={pp_size} exceeds the model's "
-            f"{config.num_layers} layers"
-        )
+            return f"does not divide {name}={size}"
+    return None

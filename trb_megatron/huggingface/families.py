@@ -25,8 +25,8 @@ from trb_megatron.huggingface.kinds import (
 Row = tuple[str, Kind, tuple[str, ...]]
 
 EMBEDDING = "model.embed_tokens.weight"
-_HF = "model.layers.{i}."
-_HF_EXPERT = _HF + "mlp.experts.{e}."
+HF_LAYER = "model.layers.{i}."
+_HF_EXPERT = HF_LAYER + "mlp.experts.{e}."
 _LAYER = "decoder.layers.{i}."
 _EXPERT = _LAYER + "mlp.experts.local_experts.{e}."
 
@@ -39,29 +39,29 @@ _ATTENTION: tuple[Row, ...] = (
     (
         _LAYER + "self_attention.linear_qkv.layer_norm_weight",
         HIDDEN_VECTOR,
-        (_HF + "input_layernorm.weight",),
+        (HF_LAYER + "input_layernorm.weight",),
     ),
     (
         _LAYER + "self_attention.linear_qkv.weight",
         GROUPED_QKV,
-        tuple(_HF + f"self_attn.{x}_proj.weight" for x in "qkv"),
+        tuple(HF_LAYER + f"self_attn.{x}_proj.weight" for x in "qkv"),
     ),
     (
         _LAYER + "self_attention.linear_proj.weight",
         ATTENTION_OUTPUT,
-        (_HF + "self_attn.o_proj.weight",),
+        (HF_LAYER + "self_attn.o_proj.weight",),
     ),
 )
 _QKV_BIAS: Row = (
     _LAYER + "self_attention.linear_qkv.bias",
     GROUPED_QKV_BIAS,
-    tuple(_HF + f"self_attn.{x}_proj.bias" for x in "qkv"),
+    tuple(HF_LAYER + f"self_attn.{x}_proj.bias" for x in "qkv"),
 )
 _QK_NORMS: tuple[Row, ...] = tuple(
     (
         _LAYER + f"self_attention.{x}_layernorm.weight",
         HEAD_VECTOR,
-        (_HF + f"self_attn.{x}_norm.weight",),
+        (HF_LAYER + f"self_attn.{x}_norm.weight",),
     )
     for x in "qk"
 )
@@ -69,22 +69,22 @@ _MLP: tuple[Row, ...] = (
     (
         _LAYER + "mlp.linear_fc1.layer_norm_weight",
         HIDDEN_VECTOR,
-        (_HF + "post_attention_layernorm.weight",),
+        (HF_LAYER + "post_attention_layernorm.weight",),
     ),
     (
         _LAYER + "mlp.linear_fc1.weight",
         GATE_UP,
-        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
+        (HF_LAYER + "mlp.gate_proj.weight", HF_LAYER + "mlp.up_proj.weight"),
     ),
-    (_LAYER + "mlp.linear_fc2.weight", MLP_OUTPUT, (_HF + "mlp.down_proj.weight",)),
+    (_LAYER + "mlp.linear_fc2.weight", MLP_OUTPUT, (HF_LAYER + "mlp.down_proj.weight",)),
 )
 _EXPERTS: tuple[Row, ...] = (
     (
         _LAYER + "pre_mlp_layernorm.weight",
         HIDDEN_VECTOR,
-        (_HF + "post_attention_layernorm.weight",),
+        (HF_LAYER + "post_attention_layernorm.weight",),
     ),
-    (_LAYER + "mlp.router.weight", ROUTER, (_HF + "mlp.gate.weight",)),
+    (_LAYER + "mlp.router.weight", ROUTER, (HF_LAYER + "mlp.gate.weight",)),
     (
         _EXPERT + "linear_fc1.weight",
         EXPERT_GATE_UP,

@@ -4,8 +4,9 @@ With h = hidden size, d = head size, n = attention heads, g = query groups, f = 
 
 - grouped QKV. HF: q [n*d, h], k [g*d, h], v [g*d, h]. Megatron: rows ordered by query group, each
   group holding its n/g query heads, then its key head, then its value head: [g * (n/g + 2) * d, h].
-  A TP rank owns g/tp whole groups, so its rows are one contiguous run of each HF tensor,
-  interleaved. Biases are laid out the same way, without h.
+  TP ranks cut these rows evenly. Where tp divides g, a rank owns g/tp whole groups: one contiguous
+  run of each HF tensor, interleaved. Where g divides tp, tp/g ranks share the rows of a group, cut
+  anywhere, even inside a head. Biases are laid out the same way, without h.
 - gate/up. HF: gate [f, h], up [f, h]. Megatron: a TP rank holds its f/tp gate rows, then its f/tp
   up rows. The concatenation happens per rank, never over the whole matrix; only a checkpoint, which
   knows no ranks, holds [gate; up], as two pieces that are cut over the ranks each on its own.
@@ -134,12 +135,15 @@ def _input_parallel(input_size: Callable[[ModelShape], int]) -> Kind:
 def _read_qkv(
     hf: Sequence[TensorSlice], shape: ModelShape, tp_rank: int, tp_size: int, piece: int
 ) -> Tensor:
-    groups = part_of_rank(shape.num_query_groups, tp_rank, tp_size)
+    group_size = sum(shape.rows_per_group)
+    part = part_of_rank(shape.num_query_groups * group_size, tp_rank, tp_size)
+    first, stop = part.start // group_size, -(-part.stop // group_size)
     parts = [
-        tensor[groups.start * rows : groups.stop * rows].unflatten(0, (-1, rows))
+        tensor[first * rows : stop * rows].unflatten(0, (-1, rows))
         for tensor, rows in zip(hf, shape.rows_per_group, strict=True)
     ]
-    return torch.cat(parts, dim=1).flatten(0, 1)
+    num_before = part.start - first * group_size
+    return torch.cat(parts, dim=1).flatten(0, 1)[num_before:][: part.stop - part.start]
 
 
 def _split_qkv(full: TensorSlice, shape: ModelShape, j: int) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -29,11 +28,16 @@ from typing import Any, NoReturn
 import psutil
 import torch.distributed as dist
 
+from trb_megatron.job.signals import handled, heard
+
 SIGN_OF_LIFE_S = 2.0
 SILENT_S = 5 * SIGN_OF_LIFE_S  # a rank of another host without a new sign is taken for dead
 HEAD_START_S = 2.0  # of the rank that failed first: torchrun reports the first end that it sees
 _LAST_GRACE_S = 20.0  # for a rank to leave by itself after another one failed
+SAME_SIGNAL_S = 0.5  # launcher and cluster may both pass one on; no hand presses twice so fast
 _FAILURE = "failure"
+_ENDED = "ended by a signal"
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -62,24 +66,30 @@ def supervised_job() -> Iterator[None]:
     one of those that explain themselves: RunError, OSError); all ranks leave with a non-zero
     status. A rank that hangs in a collective for want of another is ended within
     `_LAST_GRACE_S`. When all is well, the job's end waits for no one.
+
+    SIGTERM and SIGINT (Ctrl-C) end the job, unless a handler under the `with` block has another use
+    for them. After a SIGINT, a second one ends it at once, whatever it does.
     """
     supervisor = Supervisor.connect()
 
     def terminate(number: int, frame: FrameType | None) -> None:
-        supervisor.end_if_neighbor_died()
-        supervisor.note_termination()
+        if number == signal.SIGTERM:
+            supervisor.end_if_neighbor_died()
+        for other in _ENDING:  # they are still heard
+            signal.signal(other, _do_nothing)
+        if supervisor.claim(_ENDED) and number == signal.SIGINT:
+            print("interrupted: there was nothing to save", file=sys.stderr, flush=True)
         sys.exit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except SystemExit:
-        raise
-    except BaseException as error:
-        supervisor.fail(error)
-    finally:
-        supervisor.close()
-        signal.signal(signal.SIGTERM, previous)
+    with handled(terminate, *_ENDING), heard(supervisor.hear):
+        try:
+            yield
+        except SystemExit:
+            raise
+        except BaseException as error:
+            supervisor.fail(error)
+        finally:
+            supervisor.close()
 
 
 class Supervisor:
@@ -99,10 +109,8 @@ class Supervisor:
         self._claiming = threading.Lock()  # kept by the thread that ends this process
         self._main_thread = threading.get_ident()
         self._closing = threading.Event()
+        self._interrupted_at: float | None = None
         if store is not None:
-            self._signals, wakeup = os.pipe()
-            os.set_blocking(wakeup, False)
-            signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
             self._show_life(0)
             self._thread = threading.Thread(target=self._watch, name="supervision", daemon=True)
             self._thread.start()
@@ -130,7 +138,6 @@ class Supervisor:
         if self._store is not None:
             self._closing.set()
             self._thread.join()
-            signal.set_wakeup_fd(-1)
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of an error, with a message if it is the job's first."""
@@ -140,6 +147,7 @@ class Supervisor:
             _print_reason(reason, error)
             sys.exit(status)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which ends it anyhow
+        signal.signal(signal.SIGINT, _do_nothing)
         lost_peer = is_lost_peer(error)
         try:
             if lost_peer:
@@ -157,9 +165,16 @@ class Supervisor:
     # ------------------------------------------------------------------ what the others do
 
     def claim(self, reason: str) -> bool:
-        """Whether this rank is the first that gives a reason."""
-        assert self._store is not None
+        """Whether this rank is the first that gives a reason; this thread then ends the process.
+
+        A rank that is asked to end claims, too, for it is no dead neighbor of the others.
+        """
         self._claiming.acquire()
+        return self._first_to_say(reason)
+
+    def _first_to_say(self, reason: str) -> bool:
+        if self._store is None:
+            return True
         mine = f"{self._rank} {reason}"
         return bool(self._store.compare_set(_FAILURE, "", mine).decode() == mine)
 
@@ -218,28 +233,42 @@ class Supervisor:
         count = 0
         failed_since = None
         try:
-            while not self._closing.is_set():
+            while not self._closing.wait(SIGN_OF_LIFE_S):
                 count += 1
                 self._show_life(count)
                 if failed_since is None and self._store.check([_FAILURE]):
                     failed_since = time.monotonic()
                 if failed_since and time.monotonic() - failed_since > _LAST_GRACE_S:
                     os._exit(1)
-                if signal.SIGTERM in self._wait_for_signals(SIGN_OF_LIFE_S):
-                    self.end_if_neighbor_died()
         except dist.DistError as error:
             if not self._closing.is_set():
                 self._print_lost_store(error)
                 os._exit(1)
 
-    def _wait_for_signals(self, seconds: float) -> bytes:
-        """Numbers of the signals that come within a time, even if the main thread is blocked."""
-        deadline = time.monotonic() + seconds
-        while not self._closing.is_set() and (left := deadline - time.monotonic()) > 0:
-            ready, _, _ = select.select([self._signals], [], [], min(left, 0.1))
-            if ready:
-                return os.read(self._signals, 64)
-        return b""
+    # ------------------------------------------------------------------ signals
+
+    def hear(self, number: int) -> None:
+        """End the process where its main thread may not be able to; called in another thread."""
+        now = time.monotonic()
+        is_second = self._interrupted_at is not None and now - self._interrupted_at > SAME_SIGNAL_S
+        # A SIGTERM is torchrun's, which got the second Ctrl-C, or saw another rank end by it.
+        if is_second and number in _ENDING:
+            self._end_at_once()
+        elif number == signal.SIGINT:
+            self._interrupted_at = self._interrupted_at or now
+        elif number == signal.SIGTERM:
+            try:
+                self.end_if_neighbor_died()
+            except dist.DistError as lost:
+                self._print_lost_store(lost)
+                os._exit(1)
+
+    def _end_at_once(self) -> NoReturn:
+        try:
+            if self._first_to_say(_ENDED):
+                print("interrupted again: ended at once", file=sys.stderr, flush=True)
+        finally:  # the store may be gone
+            os._exit(128 + signal.SIGINT)
 
     def end_if_neighbor_died(self) -> None:
         """Say so and leave, if torchrun's SIGTERM follows the death of a rank on this host.
@@ -254,11 +283,6 @@ class Supervisor:
             time.sleep(HEAD_START_S)
         os._exit(1)
 
-    def note_termination(self) -> None:
-        """Take the claim without a message: a rank that was asked to end is no dead neighbor."""
-        if self._store is not None:
-            self.claim("ended by a signal")
-
     def _print_lost_store(self, error: Exception) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -270,9 +294,11 @@ class Supervisor:
             )
 
 
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """A handler, so that the signal is heard."""
+
+
 def _describe(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
     text = str(error).strip()
     if isinstance(error, RunError):
         return text
@@ -292,10 +318,10 @@ def is_lost_peer(error: BaseException | None) -> bool:
 def _print_reason(reason: str, error: BaseException | None) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "error: "
-    if not reason.startswith("rank ") and not isinstance(error, SetupError | KeyboardInterrupt):
+    if not reason.startswith("rank ") and not isinstance(error, SetupError):
         prefix += f"rank {rank} ({socket.gethostname()}): "
     lines = [prefix + reason]
-    explains_itself = isinstance(error, RunError | OSError | KeyboardInterrupt)
+    explains_itself = isinstance(error, RunError | OSError)
     if error is not None and not explains_itself and not is_lost_peer(error):
         lines += traceback.format_exception(error)
     print("\n".join(lines).rstrip(), file=sys.stderr, flush=True)

@@ -194,7 +194,7 @@ def build_model(
     Raises:
         ValueError: the layout does not fit the model (see `check_layout`).
     """
-    check_layout(config, layout.tp_size, layout.pp_size)
+    check_layout([config], layout.tp_size, layout.pp_size)
     transformer_config = _transformer_config(
         config, layout, dtype, sequence_parallel, recompute_activations, fp8_recipe
     )

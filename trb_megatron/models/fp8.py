@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trb_megatron.config.values import ConfigError, FP8Recipe
-
-if TYPE_CHECKING:
-    from trb_megatron.huggingface.config import HFModelConfig
+from trb_megatron.huggingface.config import QKV_ROWS, HFModelConfig
 
 MULTIPLE = 16
 """Both sizes of each matrix in a product, and so the tokens on each rank, are multiples of it.
@@ -122,12 +120,9 @@ def check_sizes(config: HFModelConfig, tp_size: int) -> None:
     Raises:
         ConfigError: names each size of a rank's matrices that is not a multiple of `MULTIPLE`.
     """
-    num_heads, num_groups = config.num_attention_heads, config.num_query_groups
     sharded = {
-        "num_attention_heads * head_dim": num_heads * config.head_dim,
-        "(num_attention_heads + 2 * num_key_value_heads) * head_dim": (
-            (num_heads + 2 * num_groups) * config.head_dim
-        ),
+        "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,
+        QKV_ROWS: config.num_qkv_rows,
     }
     if config.num_experts > 0:
         sharded["moe_intermediate_size"] = config.expert_ffn_hidden_size

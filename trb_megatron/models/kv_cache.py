@@ -356,7 +356,16 @@ class PagedKVCache:
 def head_shape(config: TransformerConfig) -> tuple[int, int]:
     """Key/value heads of each tensor-parallel rank, and their size."""
     assert config.num_query_groups is not None and config.kv_channels is not None
-    return config.num_query_groups // config.tensor_model_parallel_size, config.kv_channels
+    groups = groups_on_rank(config.num_query_groups, config.tensor_model_parallel_size)
+    return groups, config.kv_channels
+
+
+def groups_on_rank(num_groups: int, tp_size: int) -> int:
+    """Query groups whose keys and values each tensor-parallel rank caches.
+
+    Ranks that are more than the groups share them, and each caches the one that it reads.
+    """
+    return max(1, num_groups // tp_size)
 
 
 def kv_bytes_per_token(num_layers: int, num_groups: int, head_size: int, itemsize: int) -> int:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -143,11 +144,30 @@ class PagedSelfAttention(SelfAttention):
         values [N, 1, g, 1, d]."""
         projected, _ = self.linear_qkv(hidden_N1H)
         groups, head_size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        if self.config.num_query_groups < self.tp_group.size():
+            projected = self._heads_of_shared_group(projected)
         heads_N1ghd = projected.view(*projected.shape[:2], groups, -1, head_size)
         query_key, value = heads_N1ghd.split((heads_N1ghd.shape[3] - 1, 1), dim=3)
         if self.config.qk_layernorm:
             query_key = self._norm_heads(query_key)
         return query_key, value
+
+    def _heads_of_shared_group(self, part_N1R: Tensor) -> Tensor:
+        """This rank's queries and its group's key and value [N, 1, (h + 2) * d].
+
+        As in Megatron's `get_query_key_value_tensors`: an all-gather over the tensor-parallel group
+        of the rows that the ranks have computed, R each, and of them those of this rank's heads.
+        """
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+        heads, head_size = self.config.num_attention_heads, self.hidden_size_per_attention_head
+        groups_N1gX = all_gather_last_dim_from_tensor_parallel_region(
+            part_N1R, group=self.tp_group
+        ).unflatten(-1, (self.config.num_query_groups, -1))
+        group, rank_in_group = divmod(tp_rank, tp_size // self.config.num_query_groups)
+        num_features = heads // tp_size * head_size
+        group_N1X = groups_N1gX[:, :, group]
+        query_N1Y = group_N1X.narrow(-1, rank_in_group * num_features, num_features)
+        return torch.cat((query_N1Y, group_N1X[..., -2 * head_size :]), dim=-1)
 
     def _norm_heads(self, query_key_N1ghd: Tensor) -> Tensor:
         """The RMS norms of queries and keys in one, rounded once at the end like each of them."""

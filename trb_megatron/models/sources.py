@@ -68,8 +68,8 @@ class ModelSources:
             teacher = read_hf_config(teacher_path)
         tp_size = config.parallel.tensor_model_parallel_size
         models = [model for model in (student, teacher) if model is not None]
+        check_layout(models, tp_size, config.parallel.pipeline_model_parallel_size)
         for model in models:
-            check_layout(model, tp_size, config.parallel.pipeline_model_parallel_size)
             if config.training.precision == "fp8":
                 fp8.check_sizes(model, tp_size)
             if size > model.vocab_size:

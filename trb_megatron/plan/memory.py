@@ -24,7 +24,7 @@ from trb_megatron.huggingface.families import has_parameter
 from trb_megatron.loss.losses import LOSSES
 from trb_megatron.loss.walk import logit_bytes
 from trb_megatron.models.fp8 import COPY_BYTES
-from trb_megatron.models.kv_cache import kv_bytes_per_token
+from trb_megatron.models.kv_cache import groups_on_rank, kv_bytes_per_token
 from trb_megatron.plan.layout import ModelPlan, StepPlan
 from trb_megatron.rollout.cache_size import cache_limit, page_tokens, pages_of_sequence
 from trb_megatron.update.state_size import GRADIENT_DTYPE, optimizer_bytes
@@ -181,21 +181,32 @@ class MemoryModel:
     def _layer_activations(self, model: HFModelConfig) -> float:
         """Elements that a token's forward pass leaves behind in a layer for the backward.
 
-        Inputs and outputs of both norms; queries and keys as the attention takes them, and before
-        their norm where they have one, values, the attention's output; of the gated MLP both
-        projections, the activation and the product. With k experts for a token those of each of
-        them, and the token itself, once in and twice out.
+        Inputs and outputs of both norms; those of the attention; of the gated MLP both projections,
+        the activation and the product. With k experts for a token those of each of them, and the
+        token itself, once in and twice out.
         """
         norms = 4 * self._hidden_size(model)
-        heads, groups = model.num_attention_heads, model.num_query_groups
-        has_norms = has_parameter(model.family, "q_layernorm.weight")
-        attention = (2 * heads + 2 * groups + has_norms * (heads + groups)) * model.head_dim
         mlp = 4 * model.ffn_hidden_size
         routed = 0
         if model.num_experts > 0:
             mlp = 4 * model.experts_per_token * model.expert_ffn_hidden_size
             routed = 3 * model.experts_per_token * model.hidden_size
-        return norms + routed + (attention + mlp) / self.tp_size
+        return norms + routed + self._attention_activations(model) + mlp / self.tp_size
+
+    def _attention_activations(self, model: HFModelConfig) -> float:
+        """Queries and keys as the attention takes them, its output, and what they come from.
+
+        That is the values, and queries and keys before their norm where they have one. Where ranks
+        share a query group these are views of the gathered projections of all heads.
+        """
+        heads = model.num_attention_heads / self.tp_size
+        groups = groups_on_rank(model.num_query_groups, self.tp_size)
+        if model.num_query_groups < self.tp_size:
+            projected = float(model.num_qkv_rows)
+        else:
+            has_norms = has_parameter(model.family, "q_layernorm.weight")
+            projected = (groups + has_norms * (heads + groups)) * model.head_dim
+        return (2 * heads + groups) * model.head_dim + projected
 
     def _loss(self, stage: int) -> int:
         """The workspace, and a microbatch's hidden states: gathered, picked out, their gradient."""
@@ -229,7 +240,7 @@ class MemoryModel:
     def _token_cache(self, model: ModelPlan, stage: int) -> int:
         return kv_bytes_per_token(
             len(model.stages[stage].layers),
-            model.config.num_query_groups // self.tp_size,
+            groups_on_rank(model.config.num_query_groups, self.tp_size),
             model.config.head_dim,
             self.dtype.itemsize,
         )

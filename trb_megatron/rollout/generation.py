@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trb_megatron.batch import TokenRecord
 from trb_megatron.behavior.policies import Policy
+from trb_megatron.behavior.sampling import Sample
 from trb_megatron.distributed.pipeline import Announcement
 from trb_megatron.distributed.vocab_parallel import RowError
 from trb_megatron.models.decode_graphs import DecodeGraphs
@@ -26,7 +27,7 @@ from trb_megatron.rollout.drafting import choose_num_positions, estimate_accepta
 from trb_megatron.rollout.recorder import RolloutRecorder
 from trb_megatron.rollout.scheduler import Admission, Scheduler, SlotGroup
 from trb_megatron.rollout.sequences import Request, ResponseSpec, SequenceState
-from trb_megatron.uniforms import drawing_uniforms, rollout_key
+from trb_megatron.uniforms import position_keys, rollout_key
 
 if TYPE_CHECKING:
     from trb_megatron.rollout.engine import RolloutEngine
@@ -82,7 +83,7 @@ class Generation:
         if engine.uses_cuda_graphs:
             max_pages = self.table.pages_for(self.table.max_tokens)
             self.graphs = DecodeGraphs(
-                self.student, max_pages, engine.page_tokens, self.token_multiple
+                self.student, policy.propose, max_pages, engine.page_tokens, self.token_multiple
             )
         self.recorder = RolloutRecorder(
             self.device,
@@ -182,14 +183,12 @@ class Generation:
             yield  # nothing waits, or the other groups hold all pages
             return
         view = RoundView(group.sequences, num_positions, self.table, self.token_multiple)
-        student_SGU, drafted_SG = yield from self.draft(view)
+        drafts, drafted_SG = yield from self.draft(view)
         teacher_NU, teacher_NH = self.score(view, drafted_SG)
         record, drawn_2SG = None, None
         problems: dict[int, str] = {}
-        if student_SGU is not None:
-            token_ids_N, record, problems = self._draw(
-                student_SGU.flatten(0, 1), teacher_NU, view.uniforms(0, num_positions)
-            )
+        if drafts is not None:
+            token_ids_N, record, problems = self._draw(*drafts, teacher_NU, view.key_SG.flatten())
             drawn_2SG = torch.stack([token_ids_N, record.accepted.long()]).view(2, *view.shape)
         announced = Announcement(drawn_2SG, (2, *view.shape), self.layout)
         yield
@@ -199,34 +198,44 @@ class Generation:
         self._note_problems(group.sequences, counts, problems, num_positions)
         self.scheduler.retire(group)
 
-    def draft(self, view: RoundView) -> Generator[None, None, tuple[Tensor | None, Tensor]]:
-        """The student's logits [S, G, U] (last stage) and its proposals [S, G - 1]."""
+    def draft(
+        self, view: RoundView
+    ) -> Generator[None, None, tuple[tuple[Tensor, Sample] | None, Tensor]]:
+        """The student's logits [S * G, U] and proposals at all positions, on the last stage, and
+        the tokens that were drafted, [S, G - 1]."""
         num_sequences, num_positions = view.shape
-        logits: list[Tensor] = []
+        parts: list[tuple[Tensor, ...]] = []
         tokens: list[Tensor] = [view.last_S]
         for position in range(num_positions):
-            logits_SU = self._run_student(view, position, tokens[-1])
-            if logits_SU is not None:
-                logits.append(logits_SU)
-            if position == num_positions - 1:
-                break
-            proposed_S = None
-            if logits_SU is not None:
-                proposed_S = self.policy.propose(logits[-1], view.uniforms(position, 1))
-            announced = Announcement(proposed_S, (num_sequences,), self.layout)
-            yield
-            tokens.append(announced.wait())
-        return (
-            torch.stack(logits, dim=1) if logits else None,
-            torch.stack(tokens, dim=1)[:, 1:],
+            part = self._run_student(view, position, tokens[-1])
+            if part is not None:
+                parts.append(part)
+            if position < num_positions - 1:
+                proposed_S = None if part is None else part[1]
+                announced = Announcement(proposed_S, (num_sequences,), self.layout)
+                yield
+                tokens.append(announced.wait())
+        drafted_SG = torch.stack(tokens, dim=1)[:, 1:]
+        if not parts:
+            return None, drafted_SG
+        student_NU, *proposal = (
+            torch.stack(columns, dim=1).flatten(0, 1) for columns in zip(*parts, strict=True)
         )
+        return (student_NU, Sample(*proposal)), drafted_SG
 
-    def _run_student(self, view: RoundView, position: int, tokens_S: Tensor) -> Tensor | None:
-        """Logits [S, U] behind one token of each sequence, on the last stage."""
+    def _run_student(
+        self, view: RoundView, position: int, tokens_S: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """Logits [S, U] behind one token of each sequence, then the fields of the proposal there;
+        on the last stage."""
+        key_S = view.key_SG[:, position]
         if self.graphs is not None:
-            return self.graphs(view.past_S + position, tokens_S, view.block_table_SP)
+            return self.graphs(view.past_S + position, tokens_S, key_S, view.block_table_SP)
         hidden_SH = self.student.forward(view.batch(position, 1), tokens_S)
-        return None if hidden_SH is None else self.student.project(hidden_SH)
+        if hidden_SH is None:
+            return None
+        logits_SU = self.student.project(hidden_SH)
+        return logits_SU, *self.policy.propose(logits_SU, key_S)
 
     def score(self, view: RoundView, drafted_SG: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The teacher's logits [S * G, U] and hidden states at all positions, on the last stage."""
@@ -240,7 +249,7 @@ class Generation:
         return self.teacher.project(hidden_NH), hidden_NH
 
     def _draw(
-        self, student_NU: Tensor, teacher_NU: Tensor | None, uniforms_3N: Tensor
+        self, student_NU: Tensor, proposal: Sample, teacher_NU: Tensor | None, key_N: Tensor
     ) -> tuple[Tensor, TokenRecord, dict[int, str]]:
         """The policy's draw, and the problem of each row whose logits cannot be used.
 
@@ -250,7 +259,7 @@ class Generation:
         problems: dict[int, str] = {}
         while True:
             try:
-                token_ids_N, record = self.policy.draw(student_NU, teacher_NU, uniforms_3N)
+                token_ids_N, record = self.policy.draw(proposal, student_NU, teacher_NU, key_N)
             except RowError as error:
                 if problems.keys() & error.rows:
                     raise  # equal logits don't help
@@ -259,6 +268,7 @@ class Generation:
                 for logits_NU in (student_NU, teacher_NU):
                     if logits_NU is not None:
                         logits_NU[rows] = 0.0
+                proposal = self.policy.propose(student_NU, key_N)
             else:
                 return token_ids_N, record, problems
 
@@ -312,8 +322,8 @@ class RoundView:
         columns_4S = torch.tensor(rows).T.contiguous()
         self.past_S, self.last_S = columns_4S[:2].to(table.device, non_blocking=True).unbind()
         key_S1, first_S1 = columns_4S[2:, :, None].unbind()
-        uniforms_3SG = drawing_uniforms(key_S1, first_S1 + torch.arange(num_positions))
-        self._uniforms_3SG = uniforms_3SG.to(table.device, non_blocking=True)
+        key_SG = position_keys(key_S1, first_S1 + torch.arange(num_positions))
+        self.key_SG = key_SG.to(table.device, non_blocking=True)
         self._token_multiple = token_multiple
         self._page_tokens = table.page_tokens
         longest = max(row[0] for row in rows) + num_positions
@@ -328,10 +338,6 @@ class RoundView:
             self._page_tokens,
             self._token_multiple,
         )
-
-    def uniforms(self, first: int, count: int) -> Tensor:
-        """Of `count` positions of each sequence from the `first` of this round, [3, S * count]."""
-        return self._uniforms_3SG[..., first : first + count].flatten(1)
 
 
 def _chunks(
