@@ -489,6 +489,20 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_rewards.py::test_units_do_not_count",),
     ),
     Mutant(
+        name="some-answers-taken-for-none",
+        claim="prompts without answers give no rewards, and answers in some rows are refused",
+        old="if with_answer is not None and without is not None:",
+        new="if without is None and with_answer is None:",
+        tests=("test_prompts.py::test_answers_in_some_rows_are_refused",),
+    ),
+    Mutant(
+        name="column-named-by-the-user-may-be-absent",
+        claim="prompts without answers give no rewards, and answers in some rows are refused",
+        old="if answer is not None and self.needs_answers:",
+        new="if answer is None:",
+        tests=("test_prompts.py::test_answers_are_in_all_rows_or_in_none",),
+    ),
+    Mutant(
         name="system-prompt-put-before-the-messages-own",
         claim="messages bring their own system prompt",
         old='if system_prompt is not None and messages[0]["role"] != "system":',

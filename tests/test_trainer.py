@@ -3,8 +3,11 @@
 import gc
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from contextlib import ExitStack
 from functools import partial
@@ -350,3 +353,29 @@ def test_impossible_runs_are_refused_before_anything_is_written(config_file: Pat
     for (message, wrote), pattern in zip(found, cases.values(), strict=True):
         assert re.search(pattern, message), f"{pattern!r} is not in {message!r}"
         assert not wrote, message
+
+
+@pytest.mark.parametrize("column", ["auto", "null", "solution"])
+def test_prompts_without_answers_train_without_rewards(tmp_path: Path, column: str) -> None:
+    config_file = write_inputs(tmp_path)
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    overrides = [f"data.answer_column={column}", "training.steps=1", "checkpoint.export_hf=false"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trb_megatron.train", str(config_file), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={"OMP_NUM_THREADS": "1", **os.environ},
+    )
+    if column == "solution":
+        assert done.returncode == 2
+        assert "prompts.jsonl:1: no value in the column 'solution'; the columns are" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no rewards during training: ") == 1
+    assert "step 1/1 | loss" in done.stderr
+    assert "reward" not in done.stderr
+    (metrics,) = read_metrics(tmp_path / "run")
+    assert [name for name in metrics if "reward" in name] == []

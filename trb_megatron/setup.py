@@ -27,7 +27,7 @@ from trb_megatron.checkpoint.training import (
     load_checkpoint,
 )
 from trb_megatron.config.conflicts import config_warnings
-from trb_megatron.config.options import Config
+from trb_megatron.config.options import AUTO_ANSWER_COLUMN, Config
 from trb_megatron.config.reading import parse_config
 from trb_megatron.config.values import ConfigError
 from trb_megatron.distributed.layout import ParallelLayout, is_rank_zero, say
@@ -169,15 +169,17 @@ def _check_counts(plan: Plan, models: Models, layout: ParallelLayout) -> None:
 
 def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
     data = config.data
+    finds_answers = data.answer_column == "auto"
     prompt_set = load_prompts(
         PromptSource(
             path=data.path,
             format=data.format,
             columns=Columns(
                 data.prompt_column,
-                data.answer_column,
+                AUTO_ANSWER_COLUMN if finds_answers else data.answer_column,
                 None if config.is_distilling else data.response_column,
             ),
+            needs_answers=not finds_answers,
             system_prompt=data.system_prompt,
             apply_chat_template=data.apply_chat_template,
             max_prompt_tokens=data.max_prompt_tokens,
@@ -188,6 +190,14 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
         f"prompts: {len(prompt_set.prompts):,} from {data.path}, {prompt_set.num_dropped:,} longer "
         f"than {data.max_prompt_tokens} tokens dropped"
     )
+    if config.is_distilling and prompt_set.prompts[0].answer is None:
+        reason = (
+            f"no prompt has an answer in the column {AUTO_ANSWER_COLUMN!r}; name another in "
+            "data.answer_column"
+            if finds_answers
+            else "data.answer_column=null"
+        )
+        say(f"no rewards during training: {reason}")
     return prompt_set
 
 

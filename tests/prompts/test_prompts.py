@@ -205,6 +205,76 @@ def test_real_evaluation_sets(shared_data: Path, tokenizer: PreTrainedTokenizerF
     assert len(answers("olympiadbench/test.jsonl", **columns)) == 675
 
 
+# ---------------------------------------------------------------- without answers
+
+NOTHING = object()
+
+
+def write_source(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A source in the format that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        return write_jsonl(path, rows)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(str(path))
+    return path
+
+
+def rows_with(answers: list[Any]) -> list[dict[str, Any]]:
+    return [
+        {"prompt": [{"role": "user", "content": str(i)}], "level": i}
+        | ({} if answer is NOTHING else {"answer": answer})
+        for i, answer in enumerate(answers)
+    ]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.parquet", "hf"])
+@pytest.mark.parametrize("missing", [NOTHING, None, "", " ", float("nan"), []], ids=repr)
+def test_answers_are_in_all_rows_or_in_none(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str, missing: Any
+) -> None:
+    source = write_source(tmp_path / name, rows_with([missing, missing]))
+    loaded = load(source, tokenizer, needs_answers=False)
+    assert [prompt.answer for prompt in loaded.prompts] == [None, None]
+    with pytest.raises(ValueError, match=r"'answer'.* or set data\.answer_column=null for no"):
+        load(source, tokenizer)
+    with pytest.raises(ValueError, match=r"'answer'.*evaluation needs .*evaluation\.sets\.x\.ans"):
+        load(source, tokenizer, section="evaluation.sets.x")
+
+
+@pytest.mark.parametrize("missing", [NOTHING, None, "", []], ids=repr)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_answers_in_some_rows_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, missing: Any, is_first: bool
+) -> None:
+    answers = [missing, "1"] if is_first else ["1", missing]
+    source = write_source(tmp_path / "p.jsonl", rows_with(answers))
+    row, other = (1, 2) if is_first else (2, 1)
+    message = rf"p\.jsonl:{row}: .*'answer'.*p\.jsonl:{other} has an answer.*answer_column=null"
+    with pytest.raises(ValueError, match=message):
+        load(source, tokenizer, needs_answers=False)
+    with pytest.raises(ValueError, match=rf"p\.jsonl:{row}: .*fill it in.*answer_column=null"):
+        load(source, tokenizer)
+    assert len(load(source, tokenizer, answer_column=None).prompts) == 2
+
+
+def test_answers_in_some_files_of_a_folder_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    write_source(tmp_path / "f" / "a.parquet", rows_with(["1"]))
+    write_source(tmp_path / "f" / "b.parquet", rows_with([NOTHING]))
+    with pytest.raises(ValueError, match=r"b\.parquet, row 1: .*a\.parquet, row 1 has an answer"):
+        load(tmp_path / "f", tokenizer, needs_answers=False)
+    with pytest.raises(
+        ValueError, match=r"b\.parquet: .*'answer'; the columns are .*'level'; fill"
+    ):
+        load(tmp_path / "f", tokenizer)
+
+
 # ---------------------------------------------------------------- bad input
 
 GOOD_LINE = b'{"prompt": "p", "answer": "1"}\n'

@@ -81,6 +81,10 @@ class ParallelConfig(Section):
     """Minutes that a collective operation may take. After that the job ends with an error."""
 
 
+AUTO_ANSWER_COLUMN = "answer"
+"""The column in which `data.answer_column: auto` looks for answers."""
+
+
 class DataConfig(Section):
     """The training prompts."""
 
@@ -90,9 +94,9 @@ class DataConfig(Section):
     """Format of `data.path`; `auto` tells it by the name of a file and the content of a folder."""
     prompt_column: Name = "prompt"
     """Column of the prompts: text, or a list of chat messages."""
-    answer_column: Name | None = "answer"
-    """Column of the right answers, by which responses are rewarded; `null`: no rewards during
-    training."""
+    answer_column: Name | None = "auto"
+    """Column of the right answers, by which responses are rewarded; `auto`: `answer`, where the
+    prompts have such a column; `null`: no rewards during training."""
     response_column: Name | None = None
     """Column of the responses that supervised training imitates; not used for distillation."""
     system_prompt: str | None = MATH_SYSTEM_PROMPT

@@ -76,6 +76,7 @@ def load_problem_sets(config: Config, tokenizer: PreTrainedTokenizerFast) -> dic
                 path=problems.path,
                 format="auto",
                 columns=Columns(problems.prompt_column, problems.answer_column, None),
+                section=f"evaluation.sets.{name}",
                 system_prompt=config.data.system_prompt,
                 apply_chat_template=config.data.apply_chat_template,
                 max_prompt_tokens=config.data.max_prompt_tokens,

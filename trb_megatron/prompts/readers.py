@@ -5,17 +5,25 @@ Whatever is wrong with a source is said with its file and line or row.
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def read_rows(path: Path, format: str, columns: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (location for error messages, row) in the source's order."""
+def read_rows(
+    path: Path, format: str, needed: Mapping[str, str], optional: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """Yield (location for error messages, row) in the source's order.
+
+    Args:
+        needed: columns that a source with a table of columns must have, and what to do where it
+            has them not.
+        optional: columns to read as well, where they are.
+    """
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     readers = {"jsonl": _read_json, "parquet": _read_parquet, "hf": _read_hf_dataset}
-    return readers[_detect_format(path) if format == "auto" else format](path, columns)
+    return readers[_detect_format(path) if format == "auto" else format](path, needed, optional)
 
 
 def _detect_format(path: Path) -> str:
@@ -28,7 +36,9 @@ def _detect_format(path: Path) -> str:
     return formats[path.suffix]
 
 
-def _read_json(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
+def _read_json(
+    path: Path, needed: Mapping[str, str], optional: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; a JSON Lines source is a file")
     with path.open("rb") as file:
@@ -69,7 +79,9 @@ def _parse_json(text: str, location: str) -> Any:
         raise ValueError(f"{location}: broken JSON at column {error.colno}: {error.msg}") from None
 
 
-def _read_parquet(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
+def _read_parquet(
+    path: Path, needed: Mapping[str, str], optional: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -79,7 +91,7 @@ def _read_parquet(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
     for file in files:
         try:
             with ParquetFile(file) as table:
-                _check_columns(file, columns, table.schema_arrow.names)
+                columns = _choose_columns(file, needed, optional, table.schema_arrow.names)
                 batches = table.iter_batches(columns=columns)
                 rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
                 for number, row in enumerate(rows, start=1):
@@ -88,7 +100,9 @@ def _read_parquet(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{file}: cannot be read as parquet: {error}") from error
 
 
-def _read_hf_dataset(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
+def _read_hf_dataset(
+    path: Path, needed: Mapping[str, str], optional: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError:
@@ -100,15 +114,18 @@ def _read_hf_dataset(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]
         raise ValueError(f"{path}: cannot be read as a dataset folder: {error}") from error
     if isinstance(dataset, datasets.DatasetDict):
         raise ValueError(f"{path}: holds several splits; name one, such as {path / min(dataset)}")
-    _check_columns(path, columns, dataset.column_names)
+    columns = _choose_columns(path, needed, optional, dataset.column_names)
     for number, row in enumerate(dataset.select_columns(columns), start=1):
         yield f"{path}, row {number}", row
 
 
-def _check_columns(path: Path, wanted: list[str], present: list[str]) -> None:
-    for column in wanted:
+def _choose_columns(
+    path: Path, needed: Mapping[str, str], optional: Sequence[str], present: list[str]
+) -> list[str]:
+    for column, fix in needed.items():
         if column not in present:
-            raise ValueError(f"{path}: {missing_column(column, present)}")
+            raise ValueError(f"{path}: {missing_column(column, present)}; {fix}")
+    return list({column: None for column in (*needed, *optional) if column in present})
 
 
 def missing_column(column: str, columns: list[str]) -> str:

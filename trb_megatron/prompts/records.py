@@ -1,5 +1,6 @@
 """One row of a prompt source, checked: prompt, acceptable answers, response to imitate."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,17 +17,27 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """The text of one row, and where it stands for error messages."""
+    """The text of one row, and where it stands for error messages.
+
+    Attributes:
+        answer: the acceptable answers; None where the row has none, or none is read.
+        no_answer: the complaint about a row that has none in the column that is read.
+    """
 
     index: int
     location: str
     prompt: str | list[dict[str, str]]
     answer: tuple[str, ...] | None
+    no_answer: str | None
     response: str | None
 
 
-def parse_record(index: int, location: str, row: Any, columns: Columns) -> Record:
+def parse_record(
+    index: int, location: str, row: Any, columns: Columns, needed: Mapping[str, str]
+) -> Record:
     """Check a row; `location` names it in errors.
+
+    `needed` names the columns in which it must have a value, and what to do where it has none.
 
     Raises:
         ValueError: names the row, and the column that cannot be used.
@@ -34,18 +45,22 @@ def parse_record(index: int, location: str, row: Any, columns: Columns) -> Recor
     prompt_column, answer_column, response_column = columns
     if not isinstance(row, dict):
         raise ValueError(f"{location}: expected an object with the column {prompt_column!r}")
-    for column in columns:
-        if column is not None and row.get(column) is None:
-            raise ValueError(f"{location}: {missing_column(column, list(row))}")
+    for column, fix in needed.items():
+        if row.get(column) is None:
+            raise ValueError(f"{location}: {missing_column(column, list(row))}; {fix}")
+    answer = no_answer = None
+    if answer_column is not None:
+        no_answer = _missing_answer(row, answer_column, location)
+        if no_answer is None:
+            answer = _parse_answers(row[answer_column], f"{location}: column {answer_column!r}")
+        elif answer_column in needed:
+            raise ValueError(f"{no_answer}; {needed[answer_column]}")
     return Record(
         index=index,
         location=location,
         prompt=_parse_prompt(row[prompt_column], f"{location}: column {prompt_column!r}"),
-        answer=(
-            None
-            if answer_column is None
-            else _parse_answers(row[answer_column], f"{location}: column {answer_column!r}")
-        ),
+        answer=answer,
+        no_answer=no_answer,
         response=(
             None
             if response_column is None
@@ -78,10 +93,20 @@ def _parse_prompt(value: Any, location: str) -> str | list[dict[str, str]]:
     return value
 
 
+def _missing_answer(row: dict[str, Any], column: str, location: str) -> str | None:
+    """The complaint about a row without an answer: absent, null, NaN, blank or an empty list."""
+    value = row.get(column)
+    if value is None or value != value:
+        return f"{location}: {missing_column(column, list(row))}"
+    if isinstance(value, str) and not value.strip():
+        return f"{location}: column {column!r} is empty"
+    if value == []:
+        return f"{location}: column {column!r} is an empty list of answers"
+    return None
+
+
 def _parse_answers(value: Any, location: str) -> tuple[str, ...]:
     if isinstance(value, list):
-        if not value:
-            raise ValueError(f"{location} is an empty list of answers")
         return tuple(_parse_answer(answer, location) for answer in value)
     return (_parse_answer(value, location),)
 

@@ -51,6 +51,8 @@ class PromptSource:
     Attributes:
         format: "auto", "jsonl", "parquet" or "hf".
         columns: of prompt, answer and response; those of the last two may be None.
+        section: of the configuration that names the columns, for errors.
+        needs_answers: every row must have an answer; else either all rows have one, or none has.
         system_prompt: opens a chat that brings none of its own; needs a chat template.
         apply_chat_template: render the tokenizer's template around the prompt, which may then be a
             list of messages; without, a prompt is plain text and must be a string.
@@ -61,17 +63,37 @@ class PromptSource:
     path: Path
     format: str
     columns: Columns
+    section: str = "data"
+    needs_answers: bool = True
     system_prompt: str | None
     apply_chat_template: bool
     max_prompt_tokens: int
     limit: int | None = None
+
+    @property
+    def needed_columns(self) -> dict[str, str]:
+        """Columns in which every row must have a value, and what to do where one has none."""
+        prompt, answer, response = self.columns
+        needed = {prompt: f"name the column of the prompts in {self.section}.prompt_column"}
+        if response is not None:
+            needed[response] = f"name the column of the responses in {self.section}.response_column"
+        if answer is not None and self.needs_answers:
+            key = f"{self.section}.answer_column"
+            needed[answer] = (
+                f"fill it in, name another column in {key}, or set {key}=null for no rewards"
+                if self.section == "data"
+                else "evaluation needs the right answer of every problem: fill it in, or name "
+                f"another column in {key}"
+            )
+        return needed
 
 
 def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> PromptSet:
     """Read and tokenize a source, dropping prompts that are too long.
 
     A prompt is a string or a list of chat messages. An answer is a string, a number or a list of
-    acceptable ones; of a solution in GSM8K's form only what follows `####` counts.
+    acceptable ones; of a solution in GSM8K's form only what follows `####` counts. A value that is
+    null, blank, NaN or an empty list is no answer.
 
     Raises ValueError naming the file and the line or row of anything that cannot be used, and when
     no prompt is left.
@@ -81,10 +103,11 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; set "
             "apply_chat_template=false and system_prompt=null for plain text prompts"
         )
-    columns = [column for column in source.columns if column is not None]
-    rows = itertools.islice(read_rows(source.path, source.format, columns), source.limit)
-    records = (
-        parse_record(index, location, row, source.columns)
+    columns, needed = source.columns, source.needed_columns
+    optional = [column for column in columns if column is not None]
+    rows = itertools.islice(read_rows(source.path, source.format, needed, optional), source.limit)
+    records = _with_all_answers_or_none(
+        parse_record(index, location, row, columns, needed)
         for index, (location, row) in enumerate(rows)
     )
     prompts: list[Prompt] = []
@@ -99,6 +122,22 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
         reason = f"all {num_dropped} are longer than max_prompt_tokens={source.max_prompt_tokens}"
         raise ValueError(f"{source.path}: no prompts: {reason if num_dropped else 'it is empty'}")
     return PromptSet(tuple(prompts), num_dropped, _fingerprint(prompts))
+
+
+def _with_all_answers_or_none(records: Iterable[Record]) -> Iterator[Record]:
+    with_answer: Record | None = None
+    without: Record | None = None
+    for record in records:
+        if record.answer is not None:
+            with_answer = with_answer or record
+        elif record.no_answer is not None:
+            without = without or record
+        if with_answer is not None and without is not None:
+            raise ValueError(
+                f"{without.no_answer}; but {with_answer.location} has an answer: fill in the "
+                "missing ones, or set data.answer_column=null for no rewards"
+            )
+        yield record
 
 
 def _tokenize(
