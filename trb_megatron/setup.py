@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -40,7 +39,7 @@ from trb_megatron.plan.plan import Plan, check_memory, make_plan
 from trb_megatron.plan.report import describe_environment, describe_plan, describe_precision
 from trb_megatron.prompts.records import Columns
 from trb_megatron.prompts.source import PromptSet, PromptSource, load_prompts
-from trb_megatron.rollout.drafting import DraftCosts, choose_num_positions
+from trb_megatron.rollout.drafting import DraftCosts
 from trb_megatron.rollout.engine import RolloutEngine
 from trb_megatron.rollout.sequences import ResponseSpec
 from trb_megatron.rollout.step_settings import policy_at, responses_at
@@ -251,20 +250,7 @@ def _draft_costs(
     file = config.run.dir / "draft_costs.json"
     if file.is_file():
         return DraftCosts(**json.loads(file.read_text()))
-    num_responses = config.training.prompts_per_step * config.rollout.rollouts_per_prompt
-    num_responses = -(-num_responses // engine.layout.dp_size)
-    num_sequences = min(num_responses, config.rollout.max_sequences)
-    say(f"measuring draft lengths with up to {num_sequences} sequences (rollout.draft_tokens=auto)")
-    started = time.perf_counter()
-    costs = engine.measure_draft_costs(policy, spec, num_responses)
-    seconds = time.perf_counter() - started
-    num_drafts = -1 + choose_num_positions(
-        costs, policy.least_acceptance, num_sequences, config.rollout.max_positions
-    )
-    say(
-        f"measured in {seconds:.1f} s: a step begins with {num_drafts} drafts (at an acceptance of "
-        f"{policy.least_acceptance:.2f}, the least that is known) and goes on by what it sees"
-    )
+    costs = engine.measure_draft_costs(policy, spec)
     with written_together(file, config.run.dir):
         if is_rank_zero():
             write_file(file, json.dumps(dataclasses.asdict(costs)) + "\n")

@@ -40,8 +40,8 @@ from trb_megatron.prompts.order import PromptOrder
 from trb_megatron.prompts.source import Prompt
 from trb_megatron.rollout.step_settings import policy_at, requests_of, responses_at
 from trb_megatron.run.log import RunLog
-from trb_megatron.run.metrics import PeakMemory, PhaseTimer
-from trb_megatron.run.step_metrics import average_step, describe_cost, sum_step
+from trb_megatron.run.metrics import PhaseTimer
+from trb_megatron.run.step_metrics import average_step, describe_times, sum_step
 from trb_megatron.setup import Setup
 from trb_megatron.update.exchange import exchange_rollouts
 from trb_megatron.update.gradients import StepGradients, loss_of_step
@@ -81,7 +81,6 @@ class Trainer:
         self.guard = NonFiniteGuard(self.config.training.max_nonfinite_steps)
         self.guard.num_skipped = setup.state.num_skipped
         self.timer = PhaseTimer()
-        self.memory = PeakMemory()
         self._state = setup.state
         self._order = PromptOrder(
             len(self.prompt_set.prompts), self.config.run.seed, self.config.data.shuffle
@@ -134,7 +133,6 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """Do one step and return its metrics; stages as in the module docstring."""
-        self.memory.start_step()
         policy = policy_at(self.step, self.config, self.sources, self.layout)
         prompts = self.prompts()
         rollouts = self.rollout(prompts, policy)
@@ -256,11 +254,7 @@ class Trainer:
         if self.config.is_distilling and self.config.behavior.policy == "trb":
             metrics["behavior/kl_budget"] = kl_budget_of_step(self.step, self.config.behavior)
         metrics["optim/skipped_steps"] = self.guard.num_skipped
-        return metrics | describe_cost(
-            self.timer.finish_step(),
-            metrics["rollout/tokens"],
-            self.memory.of_step_and_run(),
-        )
+        return metrics | describe_times(self.timer.finish_step(), metrics["rollout/tokens"])
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
         """Evaluate every set and show the result; the step's clock does not run meanwhile."""

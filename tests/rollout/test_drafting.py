@@ -7,15 +7,12 @@ from trb_megatron.rollout.drafting import (
     choose_num_positions,
     estimate_acceptance,
     expected_tokens,
-    timed_positions,
-    timed_sequences,
 )
 
-SIZES = tuple((s, g) for s in (1, 11, 128) for g in (1, 9, 17))
 # A teacher call that costs as much as ten student steps, whatever it scores: memory-bound decoding.
-MEMORY_BOUND = DraftCosts.of_rounds({(s, g): 10.0 + g for s, g in SIZES})
+MEMORY_BOUND = DraftCosts(per_round=10.0, per_position=1.0, per_token=0.0)
 # Every token costs the same, drafted or not: drafts that are dropped are a loss.
-COMPUTE_BOUND = DraftCosts.of_rounds({(s, g): float(s * g) for s, g in SIZES})
+COMPUTE_BOUND = DraftCosts(per_round=0.0, per_position=0.0, per_token=1.0)
 
 
 def test_expected_tokens_are_those_of_the_design() -> None:
@@ -26,34 +23,17 @@ def test_expected_tokens_are_those_of_the_design() -> None:
     assert expected_tokens(0.3, 1) == 1
 
 
-def test_costs_are_those_that_were_measured_and_linear_between() -> None:
-    costs = DraftCosts.of_rounds({(1, 1): 1.0, (1, 9): 5.0, (64, 1): 4.0, (64, 9): 40.0})
-    assert [costs.predict(*size) for size in ((1, 1), (1, 9), (64, 1), (64, 9))] == [1, 5, 4, 40]
-    assert costs.predict(1, 5) == pytest.approx(3.0)
-    assert costs.predict(22, 1) == pytest.approx(2.0)
-    assert costs.predict(22, 5) == pytest.approx((2 * 3 + 22) / 3)
+def test_costs_are_fitted_exactly_where_they_are_affine() -> None:
+    truth = DraftCosts(per_round=0.5, per_position=0.02, per_token=0.001)
+    measured = {(s, g): truth.seconds(s, g) for s in (1, 64) for g in (1, 9)}
+    fitted = DraftCosts.fit(measured)
+    for part in ("per_round", "per_position", "per_token"):
+        assert getattr(fitted, part) == pytest.approx(getattr(truth, part))
 
 
-def test_no_larger_round_is_predicted_to_be_faster() -> None:
-    costs = DraftCosts.of_rounds({(1, 1): 1.0, (1, 9): 0.5, (64, 1): 2.0, (64, 9): 1.5})
-    seconds = [[costs.predict(s, g) for g in (1, 5, 9)] for s in (1, 30, 64)]
-    assert all(row == sorted(row) for row in (*seconds, *map(list, zip(*seconds, strict=True))))
-
-
-def test_the_choice_follows_the_tail_of_a_step() -> None:
-    """Rounds of many sequences cost as they have tokens, those of a few hardly more than one."""
-    costs = DraftCosts.of_rounds({(s, g): max(8.0, s * g / 16) for s, g in SIZES})
-    chosen = [choose_num_positions(costs, 0.9, s, 17) for s in (128, 32, 1)]
-    assert chosen == sorted(chosen) and chosen[0] < chosen[-1]
-
-
-@pytest.mark.parametrize(
-    ("num_sequences", "expected"), [(1, (1,)), (2, (1, 2)), (8, (1, 3, 8)), (256, (1, 16, 256))]
-)
-def test_rounds_are_timed_as_a_step_has_them(num_sequences: int, expected: tuple[int, ...]) -> None:
-    assert timed_sequences(num_sequences) == expected
-    assert timed_positions(17) == (1, 9, 17)
-    assert timed_positions(1) == (1,)
+def test_no_cost_is_negative() -> None:
+    fitted = DraftCosts.fit({(1, 1): 1.0, (1, 9): 0.5, (64, 1): 2.0, (64, 9): 1.0})
+    assert min(fitted.per_round, fitted.per_position, fitted.per_token) >= 0
 
 
 def test_drafts_grow_where_calls_are_dear_and_acceptance_is_high() -> None:

@@ -98,9 +98,6 @@ def _run(folder: Path) -> dict[str, Any]:
         bench.tokens(bench.engine(cache_gb=2e-5))
     except ValueError as error:
         found["too small"] = str(error)
-    auto = bench.engine(draft_tokens="auto", max_sequences=6)
-    spec = bench.spec(LENGTH)
-    found["costs"] = {n: auto.measure_draft_costs(bench.policy, spec, n) for n in (4, 24)}
     found["peak memory"] = _peaks_of_ten_thousand(bench)
     checking = mock.patch("trb_megatron.behavior.policies.sample_softmax", _checking)
     with _no_readback(), checking:
@@ -283,12 +280,3 @@ def test_tasks_of_different_lengths_take_turns() -> None:
     log: list[str] = []
     take_turns([_turns("a", log, 3), _turns("b", log, 1), _turns("c", log, 2)])
     assert log == ["a0", "b0", "c0", "a1", "c1", "a2"]
-
-
-def test_draft_costs_are_of_the_rounds_that_a_step_has(results: dict[str, Any]) -> None:
-    """Of the responses of a step, or as many as have slots."""
-    for num_responses, sizes in ((4, (1, 2, 4)), (24, (1, 2, 6))):
-        costs = results["costs"][num_responses]
-        assert costs.num_sequences == sizes
-        assert costs.num_positions == (1, 9, 17)
-        assert all(0 < seconds < 60 for row in costs.seconds for seconds in row)

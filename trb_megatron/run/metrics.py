@@ -24,9 +24,6 @@ from tqdm import tqdm
 from trb_megatron.atomic_folder import write_file
 from trb_megatron.config.options import Config
 
-# Of Linux, see proc(5).
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
 
 class MetricsLogger:
     """Writes each step's metrics to metrics.jsonl and, where asked, to TensorBoard and W&B.
@@ -224,36 +221,12 @@ class PhaseTimer:
         self._last = now
 
 
-class PeakMemory:
-    """The most memory that this process uses in a step, and in the run, in units of 1e9 bytes.
+def peak_memory_gb() -> float:
+    """The most memory this process has used so far: of its GPU if there is one, else of the host.
 
-    Of its GPU if there is one, else its resident memory. A system other than Linux cannot forget a
-    process's peak, so there a step's is that of all steps so far.
+    In units of 1e9 bytes.
     """
-
-    def __init__(self) -> None:
-        self._most = 0.0
-
-    def start_step(self) -> None:
-        """Forget the peak; that of set-up and evaluations counts for the run alone."""
-        self._most = max(self._most, _peak_gb())
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        elif os.access(_CLEAR_REFS, os.W_OK):
-            _CLEAR_REFS.write_text("5")  # resets the peak of the resident memory
-
-    def of_step_and_run(self) -> tuple[float, float]:
-        """The peaks since `start_step`, and of the run so far."""
-        of_step = _peak_gb()
-        self._most = max(self._most, of_step)
-        return of_step, self._most
-
-
-def _peak_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    if _STATUS.exists():
-        (line,) = (row for row in _STATUS.read_text().splitlines() if row.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

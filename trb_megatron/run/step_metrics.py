@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trb_megatron.batch import Rollout
 from trb_megatron.distributed.layout import ParallelLayout, gather_from_leaders
+from trb_megatron.run.metrics import peak_memory_gb
 
 Sums = dict[str, float]
 
@@ -77,18 +78,10 @@ def average_step(sums: Sums, layout: ParallelLayout) -> dict[str, float]:
     return metrics
 
 
-def describe_cost(
-    seconds: Mapping[str, float], num_tokens: float, peaks_gb: tuple[float, float]
-) -> dict[str, float]:
-    """Times of the step's phases, what they make of its tokens on all replicas, and memory.
-
-    Args:
-        peaks_gb: most memory of the step and of the run (`metrics.PeakMemory`).
-    """
-    of_step, of_run = peaks_gb
+def describe_times(seconds: Mapping[str, float], num_tokens: float) -> dict[str, float]:
+    """Times of the step's phases, and what they make of its tokens on all replicas."""
     return {
         **{f"time/{phase}": value for phase, value in seconds.items()},
         "perf/tokens_per_s": num_tokens / seconds["step"],
-        "perf/peak_memory_gb": of_step,
-        "perf/peak_memory_run_gb": of_run,
+        "perf/peak_memory_gb": peak_memory_gb(),
     }
