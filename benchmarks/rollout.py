@@ -36,7 +36,7 @@ PROMPT_TOKENS = 16
 def main() -> None:
     """Measure every number of sequences that was asked for and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sequences", type=int, nargs="+", default=[4, 32, 128])
+    parser.add_argument("--sequences", type=int, nargs="+", default=[4, 8, 32, 128])
     parser.add_argument("--drafts", nargs="+", default=["0", "2", "4", "8", "auto"])
     parser.add_argument("--response-tokens", type=int, default=64)
     parser.add_argument("--teacher-width", type=int, default=256)
@@ -159,7 +159,12 @@ class Variants:
         )
         engine = RolloutEngine(*self._models, self._layout, config)
         if drafts == "auto":
-            engine.draft_costs = engine.measure_draft_costs(self._blend, self._spec)
+            started = time.perf_counter()
+            engine.draft_costs = engine.measure_draft_costs(
+                self._blend, self._spec, len(self._requests)
+            )
+            if is_rank_zero():
+                print(f"auto: {time.perf_counter() - started:.1f} s; {engine.draft_costs}")
         return engine
 
     def blended(self) -> dict[str, Callable[[], Any]]:
