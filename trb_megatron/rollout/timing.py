@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PASSES = range(2, 6)
 """Times that each round is run: the first one also records and allocates."""
-_ENOUGH_SECONDS = 3.0
+_ENOUGH_SECONDS = 2.0
 """At one number of sequences; no pass over its rounds begins later, except the least."""
 _PROMPT_IDS = (0, 0)
 
@@ -31,8 +31,9 @@ def time_rounds(
 ) -> DraftCosts:
     """Time rounds of 1 to `num_sequences` sequences, with and without drafts, on made-up prompts.
 
-    Takes no more memory than a round of the step itself: neither the sequences nor the drafts are
-    more than it may have. Collective over all ranks of the job; rank 0's clock counts everywhere.
+    Takes no more memory than the plan has for the step's own rollouts: neither the sequences nor
+    the positions are more than theirs. Collective over all ranks of the job; rank 0's clock counts
+    everywhere.
     """
     positions = positions_to_time(min(engine.config.max_positions, spec.max_response_tokens))
     # A response that reaches its longest length would leave its slot.
