@@ -395,6 +395,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_paged_attention.py::test_equals_dense_causal_attention",),
     ),
     Mutant(
+        name="drafts-timed-with-all-slots",
+        claim="the costs of drafts are measured at the sequences that a step has",
+        old="for count in sequences_to_time(num_sequences):",
+        new="for count in sequences_to_time(engine.config.max_sequences):",
+        tests=("test_engine.py::test_rounds_are_timed_at_the_sequences_and_lengths_of_a_step",),
+    ),
+    Mutant(
         name="acceptance-estimated-without-its-prior",
         claim="the choice of the draft length begins with the policy's bound on acceptance",
         old="return (PRIOR_POSITIONS * least_acceptance + num_accepted) / num_positions",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -39,7 +40,7 @@ from trb_megatron.plan.plan import Plan, check_memory, make_plan
 from trb_megatron.plan.report import describe_environment, describe_plan, describe_precision
 from trb_megatron.prompts.records import Columns
 from trb_megatron.prompts.source import PromptSet, PromptSource, load_prompts
-from trb_megatron.rollout.drafting import DraftCosts
+from trb_megatron.rollout.drafting import DraftCosts, choose_num_positions
 from trb_megatron.rollout.engine import RolloutEngine
 from trb_megatron.rollout.sequences import ResponseSpec
 from trb_megatron.rollout.step_settings import policy_at, responses_at
@@ -119,7 +120,7 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     policy = policy_at(state.step, config, sources, layout)
     if config.rollout.draft_tokens == "auto" and policy.needs_teacher:
         spec = responses_at(state.step, config, sources)
-        engine.draft_costs = _draft_costs(config, engine, policy, spec)
+        engine.draft_costs = _draft_costs(config, plan, engine, policy, spec)
     return Setup(
         config=config,
         layout=layout,
@@ -244,14 +245,39 @@ def _resume(
 
 
 def _draft_costs(
-    config: Config, engine: RolloutEngine, policy: Policy, spec: ResponseSpec
+    config: Config, plan: Plan, engine: RolloutEngine, policy: Policy, spec: ResponseSpec
 ) -> DraftCosts:
-    """Costs of a rollout's rounds, measured when a run first starts and kept in its folder."""
+    """Costs of a rollout's rounds, kept in the run's folder.
+
+    They are measured when a run first starts, and when it goes on where a round costs something
+    else.
+    """
+    key = "rollout.draft_tokens=auto"
     file = config.run.dir / "draft_costs.json"
-    if file.is_file():
-        return DraftCosts(**json.loads(file.read_text()))
-    costs = engine.measure_draft_costs(policy, spec)
+    num_sequences = min(config.rollout.max_sequences, plan.responses_per_replica)
+    measured_at = {
+        "device": engine.layout.device.type,
+        "precision": config.training.precision,
+        "ranks": [plan.tp_size, plan.pp_size, plan.dp_size],
+        "num_sequences": num_sequences,
+        "max_response_tokens": spec.max_response_tokens,
+    }
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    if stored.get("measured_at") == measured_at:
+        say(f"{key}: by the costs in {file}")
+        return DraftCosts.from_json(stored["costs"])
+    say(f"{key}: timing rounds of up to {num_sequences:,} sequences")
+    started = time.perf_counter()
+    costs = engine.measure_draft_costs(policy, spec, num_sequences)
+    seconds, acceptance = time.perf_counter() - started, policy.least_acceptance
+    most = config.rollout.max_positions
+    num_drafts = choose_num_positions(costs, acceptance, num_sequences, most) - 1
+    say(
+        f"{key}: {seconds:.1f} s for that; {costs}; begins with {num_drafts} at an acceptance of "
+        f"{acceptance:.2f}"
+    )
     with written_together(file, config.run.dir):
         if is_rank_zero():
-            write_file(file, json.dumps(dataclasses.asdict(costs)) + "\n")
+            content = {"measured_at": measured_at, "costs": dataclasses.asdict(costs)}
+            write_file(file, json.dumps(content) + "\n")
     return costs

@@ -40,8 +40,8 @@ from trb_megatron.prompts.order import PromptOrder
 from trb_megatron.prompts.source import Prompt
 from trb_megatron.rollout.step_settings import policy_at, requests_of, responses_at
 from trb_megatron.run.log import RunLog
-from trb_megatron.run.metrics import PhaseTimer
-from trb_megatron.run.step_metrics import average_step, describe_times, sum_step
+from trb_megatron.run.metrics import PeakMemory, PhaseTimer
+from trb_megatron.run.step_metrics import average_step, describe_costs, sum_step
 from trb_megatron.setup import Setup
 from trb_megatron.update.exchange import exchange_rollouts
 from trb_megatron.update.gradients import StepGradients, loss_of_step
@@ -81,6 +81,7 @@ class Trainer:
         self.guard = NonFiniteGuard(self.config.training.max_nonfinite_steps)
         self.guard.num_skipped = setup.state.num_skipped
         self.timer = PhaseTimer()
+        self.memory = PeakMemory()
         self._state = setup.state
         self._order = PromptOrder(
             len(self.prompt_set.prompts), self.config.run.seed, self.config.data.shuffle
@@ -243,7 +244,7 @@ class Trainer:
     def _metrics(
         self, rollouts: Sequence[Rollout], rewards: Sequence[float], loss_sums: dict[str, Tensor]
     ) -> dict[str, float]:
-        """Metrics of the step over all replicas; ends the step's clock."""
+        """Metrics of the step over all replicas; ends the step's clock and peak."""
         counts: dict[str, float] = {}
         if self.config.is_distilling:
             counts["preemptions"] = self.engine.counts.preemptions
@@ -254,16 +255,18 @@ class Trainer:
         if self.config.is_distilling and self.config.behavior.policy == "trb":
             metrics["behavior/kl_budget"] = kl_budget_of_step(self.step, self.config.behavior)
         metrics["optim/skipped_steps"] = self.guard.num_skipped
-        return metrics | describe_times(self.timer.finish_step(), metrics["rollout/tokens"])
+        seconds, peaks_gb = self.timer.finish_step(), self.memory.finish_step()
+        return metrics | describe_costs(seconds, peaks_gb, metrics["rollout/tokens"])
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
-        """Evaluate every set and show the result; the step's clock does not run meanwhile."""
+        """Evaluate every set and show the result; the step's clock and peak leave it out."""
         self.evaluation_is_due = False
         metrics: dict[str, float] = {}
         for name, result in self.evaluator.evaluate().items():
             log.write(f"step {self.step} | {name}: {result}")
             metrics |= result.metrics(name)
         self.timer.finish_step()
+        self.memory.finish_step()
         return metrics
 
     def save(self) -> None:
@@ -284,6 +287,7 @@ class Trainer:
             self.config.checkpoint.keep,
         )
         self.timer.finish_step()
+        self.memory.finish_step()
 
     def export(self) -> None:
         """Write the student as a Hugging Face checkpoint."""

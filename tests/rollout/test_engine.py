@@ -98,6 +98,7 @@ def _run(folder: Path) -> dict[str, Any]:
         bench.tokens(bench.engine(cache_gb=2e-5))
     except ValueError as error:
         found["too small"] = str(error)
+    found["timed"] = _timed_rounds(bench)
     found["peak memory"] = _peaks_of_ten_thousand(bench)
     checking = mock.patch("trb_megatron.behavior.policies.sample_softmax", _checking)
     with _no_readback(), checking:
@@ -106,6 +107,31 @@ def _run(folder: Path) -> dict[str, Any]:
         except _ReadbackError as error:
             found["readback"] = str(error)
     return found
+
+
+def _timed_rounds(bench: Bench) -> dict[str, Any]:
+    """What `measure_draft_costs` runs: sequences and positions of the teacher's passes."""
+    from trb_megatron.models.forward import CachedModel
+
+    forward, passes = CachedModel.forward, []
+
+    def noted(self: Any, batch: Any, tokens_N: torch.Tensor) -> Any:
+        if self.model is bench.models[1]:
+            passes.append((len(batch.query_lengths_S), batch.max_query_length))
+        return forward(self, batch, tokens_N)
+
+    options: dict[str, Any] = {"max_sequences": 256, "draft_tokens": "auto"}
+    engine, small = bench.engine(**options), bench.engine(**options, cache_gb=6e-5)
+    with mock.patch.object(CachedModel, "forward", noted):
+        costs = engine.measure_draft_costs(bench.policy, bench.spec(6), num_sequences=8)
+    of_small = small.measure_draft_costs(bench.policy, bench.spec(6), num_sequences=8)
+    engine.draft_costs = costs
+    return {
+        "costs": costs,
+        "passes": passes,
+        "tokens": bench.tokens(engine),
+        "fitting": of_small.num_sequences,
+    }
 
 
 def _peaks_of_ten_thousand(bench: Bench) -> list[int]:
@@ -261,6 +287,17 @@ def test_a_cache_too_small_for_one_sequence_is_refused(results: dict[str, Any]) 
     # 21 + 16 tokens and 4 of drafts, in pages of 8: 6, and one for padding. A token takes 2 + 3
     # layers x 2 x 2 heads x 8 x 4 bytes = 640 bytes.
     assert "one sequence needs 6 " in message and "at least 3.58e-05 GB" in message
+
+
+def test_rounds_are_timed_at_the_sequences_and_lengths_of_a_step(results: dict[str, Any]) -> None:
+    """Of 256 slots a step has 8, and its responses 6 tokens."""
+    costs, passes = results["timed"]["costs"], results["timed"]["passes"]
+    assert costs.num_sequences == (1, 8) and costs.num_positions == (1, 3, 6)
+    rounds = [(s, g) for s, g in passes if g > 1 or s > 1]
+    assert {g for _, g in rounds if g > 1} == {3, 6} and max(s for s, _ in rounds) == 8
+    assert all(seconds > 0 for row in costs.seconds for seconds in row)
+    assert results["timed"]["tokens"] == results["plain"]
+    assert 1 < results["timed"]["fitting"][-1] < 8  # a cache without room for eight
 
 
 def test_ten_thousand_rollouts_do_not_grow(results: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
-"""Metrics files, the progress bar and the timer."""
+"""Metrics files, the progress bar and the meters."""
 
 import io
 import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from trb_megatron.config.options import Config
 from trb_megatron.config.reading import parse_config
-from trb_megatron.run.metrics import MetricsLogger, PhaseTimer, Progress, peak_memory_gb
+from trb_megatron.run.metrics import MetricsLogger, PeakMemory, PhaseTimer, Progress
 
 
 @pytest.fixture
@@ -158,11 +160,25 @@ def test_timer_attributes_every_second_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert timer.finish_step() == {"rollout": 0, "teacher": 0, "train": 0, "other": 1, "step": 1}
 
 
-def test_peak_memory_grows_with_what_is_used() -> None:
+def test_peak_memory_is_that_of_the_step_and_of_the_run() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    before = peak_memory_gb()
-    assert 0 <= before < 1000
-    num_bytes = int((before + 0.1) * 1e9)
-    block = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    assert peak_memory_gb() >= before + 0.09
+    memory = PeakMemory()
+    before = memory.finish_step()
+    assert 0 <= before["step"] <= before["run"] < 1000
+    block = torch.ones(200_000_000, dtype=torch.uint8, device=device)
     assert block[-1] == 1
+    large = memory.finish_step()
+    del block
+    memory.finish_step()  # began while the block was there
+    small = memory.finish_step()
+    assert large["step"] >= small["step"] + 0.18
+    assert small["run"] >= large["step"] > before["step"] - 0.001
+
+
+def test_peak_of_a_step_is_unknown_where_it_cannot_start_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    peaks = PeakMemory().finish_step()
+    assert math.isnan(peaks["step"]) and 0 < peaks["run"] < 1000

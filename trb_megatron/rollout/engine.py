@@ -23,17 +23,14 @@ model's type on each rank of the last stage, and as many of the teacher's.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from trb_megatron.batch import Rollout
 from trb_megatron.behavior.policies import Policy
-from trb_megatron.config.options import AUTO_DRAFT_TOKENS, RolloutConfig
+from trb_megatron.config.options import RolloutConfig
 from trb_megatron.distributed.layout import ParallelLayout
 from trb_megatron.distributed.pipeline import take_turns
 from trb_megatron.models.gpt import HiddenStateGPTModel
@@ -43,9 +40,7 @@ from trb_megatron.rollout.cache_size import CacheSize, page_tokens
 from trb_megatron.rollout.drafting import DraftCosts
 from trb_megatron.rollout.generation import Generation, GenerationCounts
 from trb_megatron.rollout.sequences import Request, ResponseSpec
-
-_TIMED_POSITIONS = (1, (AUTO_DRAFT_TOKENS + 2) // 2)
-"""Positions of the rounds that are timed: without drafts, and with half of the most."""
+from trb_megatron.rollout.timing import time_rounds
 
 
 class RolloutEngine:
@@ -145,26 +140,15 @@ class RolloutEngine:
         with self.student.in_inference(), inference_mode, torch.no_grad():
             yield
 
-    def measure_draft_costs(self, policy: Policy, spec: ResponseSpec) -> DraftCosts:
-        """Time rounds of few and many sequences, with and without drafts, on made-up prompts.
+    def measure_draft_costs(
+        self, policy: Policy, spec: ResponseSpec, num_sequences: int
+    ) -> DraftCosts:
+        """Time rounds of 1 to `num_sequences` sequences, the most that a step has in slots.
 
-        Collective over all ranks of the job; rank 0's clock counts everywhere.
+        Collective over all ranks of the job; see `time_rounds`.
         """
-        assert self.config.draft_tokens == "auto", "other draft lengths need no costs"
-        endless = replace(spec, stop_ids=(), max_response_tokens=4 * self.config.max_positions)
-        seconds = {}
         with self._inference():
-            for num_sequences in sorted({1, self.config.max_sequences}):
-                requests = [Request(i, 0, (0, 0)) for i in range(num_sequences)]
-                for num_positions in _TIMED_POSITIONS:
-                    generation = Generation(self, requests, policy, endless)
-                    for group in generation.scheduler.groups:
-                        generation.admit(group)
-                    times = [_time_rounds(generation, num_positions) for _ in range(3)]
-                    seconds[generation.scheduler.num_active, num_positions] = min(times)
-        shared = [DraftCosts.fit(seconds)]
-        dist.broadcast_object_list(shared, src=0)
-        return shared[0]
+            return time_rounds(self, policy, spec, num_sequences)
 
     def make_page_table(
         self, requests: Sequence[Request], max_response_tokens: int, *, with_teacher: bool
@@ -184,12 +168,3 @@ class RolloutEngine:
             self.page_tokens,
             self.layout.device,
         )
-
-
-def _time_rounds(generation: Generation, num_positions: int) -> float:
-    """Seconds in which all groups go through a round."""
-    started = time.perf_counter()
-    take_turns([generation.round(group, num_positions) for group in generation.scheduler.groups])
-    if generation.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""The writers behind the log: metrics.jsonl, TensorBoard, W&B, the progress bar; and the timer.
+"""The writers behind the log: metrics.jsonl, TensorBoard, W&B, the progress bar; and the meters.
 
 Only rank 0 builds `MetricsLogger` and `Progress`; every rank may time its own phases.
 """
@@ -6,6 +6,7 @@ Only rank 0 builds `MetricsLogger` and `Progress`; every rank may time its own p
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -221,12 +222,42 @@ class PhaseTimer:
         self._last = now
 
 
-def peak_memory_gb() -> float:
-    """The most memory this process has used so far: of its GPU if there is one, else of the host.
+class PeakMemory:
+    """The most memory that this process used in each step, and in the whole run.
 
-    In units of 1e9 bytes.
+    Of a GPU it is what PyTorch has allocated, on a CPU the process's resident memory, in units of
+    1e9 bytes. Only Linux can set a process's peak back (`/proc/PID/clear_refs`, proc(5)); elsewhere
+    a step's figure on a CPU is NaN.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+    _CLEAR = Path("/proc/self/clear_refs")
+    _STATUS = Path("/proc/self/status")
+
+    def __init__(self) -> None:
+        self._of_run = 0.0
+        self._can_start_over = torch.cuda.is_available() or os.access(self._CLEAR, os.W_OK)
+        self._start_step()
+
+    def finish_step(self) -> dict[str, float]:
+        """The peaks of the step, and of the run since the process began; start the next step."""
+        of_step = self._start_step()
+        return {"step": of_step if self._can_start_over else math.nan, "run": self._of_run}
+
+    def _start_step(self) -> float:
+        """Begin at the memory in use; return the peak before that."""
+        peak = self._read()
+        self._of_run = max(self._of_run, peak)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        elif self._can_start_over:
+            self._CLEAR.write_text("5")
+        return peak
+
+    def _read(self) -> float:
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 1e9
+        if self._can_start_over:
+            (line,) = re.findall(r"VmHWM:\s*(\d+) kB", self._STATUS.read_text())
+            return int(line) * 1024 / 1e9
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from trb_megatron.batch import Rollout
 from trb_megatron.distributed.layout import ParallelLayout, gather_from_leaders
-from trb_megatron.run.metrics import peak_memory_gb
 
 Sums = dict[str, float]
 
@@ -78,10 +77,16 @@ def average_step(sums: Sums, layout: ParallelLayout) -> dict[str, float]:
     return metrics
 
 
-def describe_times(seconds: Mapping[str, float], num_tokens: float) -> dict[str, float]:
-    """Times of the step's phases, and what they make of its tokens on all replicas."""
+def describe_costs(
+    seconds: Mapping[str, float], peaks_gb: Mapping[str, float], num_tokens: float
+) -> dict[str, float]:
+    """Times of the step's phases, what they make of its tokens on all replicas, and memory.
+
+    `seconds` are from `PhaseTimer`, `peaks_gb` from `PeakMemory`.
+    """
     return {
         **{f"time/{phase}": value for phase, value in seconds.items()},
         "perf/tokens_per_s": num_tokens / seconds["step"],
-        "perf/peak_memory_gb": peak_memory_gb(),
+        "perf/peak_memory_gb": peaks_gb["step"],
+        "perf/peak_memory_run_gb": peaks_gb["run"],
     }
