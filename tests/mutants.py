@@ -232,6 +232,27 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_stopping.py::test_stop_request_finishes_the_step_and_saves",),
     ),
     Mutant(
+        name="second-ctrl-c-not-heard",
+        claim="the first Ctrl-C saves, the second ends at once",
+        old="if is_second and number in _ENDING:",
+        new="if is_second and number == signal.SIGTERM:",
+        tests=("test_interrupts.py::test_the_second_ends_at_once",),
+    ),
+    Mutant(
+        name="one-ctrl-c-passed-on-twice-taken-for-two",
+        claim="the first Ctrl-C saves, the second ends at once",
+        old="now - self._interrupted_at > SAME_SIGNAL_S",
+        new="now > self._interrupted_at",
+        tests=("test_interrupts.py::test_a_signal_to_launcher_and_ranks_is_one_request",),
+    ),
+    Mutant(
+        name="saved-run-ends-like-a-finished-one",
+        claim="the first Ctrl-C saves, the second ends at once",
+        old="sys.exit(stopped_status() if stopped.exists() else status)",
+        new="sys.exit(status)",
+        tests=("test_interrupts.py::test_the_first_saves",),
+    ),
+    Mutant(
         name="stop-file-of-a-saved-run-left-empty",
         claim="time limit, preemption, cancellation",
         old='self._file.write_text(message + "\\n")',
