@@ -82,12 +82,23 @@ def test_costs_survive_the_run_s_folder() -> None:
     assert DraftCosts.from_json(json.loads(stored)) == REAL
 
 
+def choose(costs: DraftCosts, acceptance: float, num_sequences: int) -> int:
+    """The choice while all responses have far to go."""
+    return choose_num_positions(costs, acceptance, num_sequences, [100] * num_sequences, 17)
+
+
 def test_drafts_grow_where_calls_are_dear_and_acceptance_is_high() -> None:
-    assert choose_num_positions(COMPUTE_BOUND, 0.95, 128, 17) == 1
-    chosen = [choose_num_positions(MEMORY_BOUND, a, 4, 17) for a in (0.3, 0.7, 0.9, 0.99)]
+    assert choose(COMPUTE_BOUND, 0.95, 128) == 1
+    chosen = [choose(MEMORY_BOUND, a, 4) for a in (0.3, 0.7, 0.9, 0.99)]
     assert chosen == sorted(set(chosen)) and chosen[0] > 1
-    assert choose_num_positions(MEMORY_BOUND, 1.0, 4, 17) == 17
-    assert choose_num_positions(REAL, 0.97, 1, 17) > choose_num_positions(REAL, 0.97, 8, 17) > 1
+    assert choose(MEMORY_BOUND, 1.0, 4) == 17
+    assert choose(REAL, 0.97, 1) > choose(REAL, 0.97, 8) > 1
+
+
+def test_drafts_are_not_for_responses_that_end() -> None:
+    assert choose_num_positions(MEMORY_BOUND, 1.0, 4, [3, 3, 2, 1], 17) == 3
+    alone = choose_num_positions(REAL, 0.95, 3, [9], 17)
+    assert choose_num_positions(REAL, 0.95, 3, [9, 1, 1], 17) < alone
 
 
 def test_acceptance_begins_with_its_bound_and_follows_the_counts() -> None:

@@ -13,7 +13,8 @@ matrix with one vector and those with many.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -118,10 +119,26 @@ def estimate_acceptance(least_acceptance: float, num_accepted: int, num_scanned:
 
 
 def choose_num_positions(
-    costs: DraftCosts, acceptance: float, num_sequences: int, max_positions: int
+    costs: DraftCosts,
+    acceptance: float,
+    num_sequences: int,
+    remaining: Iterable[int],
+    max_positions: int,
 ) -> int:
-    """The G, from 1 to `max_positions`, with the most expected tokens per second."""
-    return max(
-        range(1, max_positions + 1),
-        key=lambda g: expected_tokens(acceptance, g) / costs.of_round(num_sequences, g),
-    )
+    """The G with the most expected tokens per second, from 1 to `max_positions`.
+
+    Args:
+        num_sequences: that go through rounds together.
+        remaining: tokens that each response may still get, at least 1. No sequence gets more from a
+            round, so that the last rounds of long responses don't draft for those that end.
+    """
+    room = Counter(min(count, max_positions) for count in remaining)
+
+    def tokens_per_second(num_positions: int) -> float:
+        tokens = sum(
+            num_such * expected_tokens(acceptance, min(num_positions, count))
+            for count, num_such in room.items()
+        )
+        return tokens / costs.of_round(num_sequences, num_positions)
+
+    return max(range(1, max(room) + 1), key=tokens_per_second)
