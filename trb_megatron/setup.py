@@ -270,10 +270,11 @@ def _draft_costs(
     started = time.perf_counter()
     costs = engine.measure_draft_costs(policy, spec, num_sequences)
     seconds, acceptance = time.perf_counter() - started, policy.least_acceptance
-    most = config.rollout.max_positions
-    num_drafts = choose_num_positions(costs, acceptance, num_sequences, most) - 1
+    first = choose_num_positions(
+        costs, acceptance, num_sequences, [spec.max_response_tokens], config.rollout.max_positions
+    )
     say(
-        f"{key}: {seconds:.1f} s for that; {costs}; begins with {num_drafts} at an acceptance of "
+        f"{key}: {seconds:.1f} s for that; {costs}; begins with {first - 1} at an acceptance of "
         f"{acceptance:.2f}"
     )
     with written_together(file, config.run.dir):

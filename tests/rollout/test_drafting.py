@@ -17,7 +17,7 @@ from trb_megatron.rollout.drafting import (
 
 def costs(per_round: float, per_position: float, per_token: float) -> DraftCosts:
     """Of rounds that take per_round + G * (per_position + S * per_token) seconds."""
-    counts = (1, 3, 9)
+    counts = (1, 3, 9, 17)
     rows = {
         s: [per_round + g * (per_position + s * per_token) for g in counts] for s in (1, 32, 128)
     }
@@ -31,7 +31,9 @@ COMPUTE_BOUND = costs(per_round=0.0, per_position=0.0, per_token=1.0)
 
 # SmolLM2-135M as the teacher and 20 of its 30 layers as the student, on one core: at one sequence
 # the products of a matrix with one vector wait for memory; with eight they don't.
-REAL = DraftCosts.of_rows((1, 3, 9), {1: (0.095, 0.233, 0.459), 8: (0.170, 0.380, 1.070)})
+REAL = DraftCosts.of_rows(
+    (1, 3, 9, 17), {1: (0.095, 0.233, 0.459, 0.796), 8: (0.170, 0.380, 1.070, 1.928)}
+)
 
 
 def test_expected_tokens_are_those_of_the_design() -> None:
@@ -48,7 +50,7 @@ def test_costs_between_measured_rounds_are_linear_in_each_piece() -> None:
         (8, 9): 1.070,
         (8, 2): 0.275,
         (8, 6): 0.725,
-        (8, 17): 1.990,  # goes on as from 3 to 9
+        (8, 13): 1.499,
         (4.5, 3): 0.3065,
         (20, 3): 0.380,  # as the most sequences that were measured
     }.items():
@@ -72,7 +74,7 @@ def test_timed_are_a_step_s_sequences_and_those_of_its_tail(most: int, timed: li
 
 
 def test_no_timed_round_is_longer_than_a_round_may_be() -> None:
-    assert positions_to_time(17) == [1, 3, 9]
+    assert positions_to_time(17) == [1, 3, 9, 17]
     assert positions_to_time(5) == [1, 3, 5]
     assert positions_to_time(1) == [1]
 
@@ -82,12 +84,23 @@ def test_costs_survive_the_run_s_folder() -> None:
     assert DraftCosts.from_json(json.loads(stored)) == REAL
 
 
+def choose(costs: DraftCosts, acceptance: float, num_sequences: int) -> int:
+    """The choice while all responses have far to go."""
+    return choose_num_positions(costs, acceptance, num_sequences, [100] * num_sequences, 17)
+
+
 def test_drafts_grow_where_calls_are_dear_and_acceptance_is_high() -> None:
-    assert choose_num_positions(COMPUTE_BOUND, 0.95, 128, 17) == 1
-    chosen = [choose_num_positions(MEMORY_BOUND, a, 4, 17) for a in (0.3, 0.7, 0.9, 0.99)]
+    assert choose(COMPUTE_BOUND, 0.95, 128) == 1
+    chosen = [choose(MEMORY_BOUND, a, 4) for a in (0.3, 0.7, 0.9, 0.99)]
     assert chosen == sorted(set(chosen)) and chosen[0] > 1
-    assert choose_num_positions(MEMORY_BOUND, 1.0, 4, 17) == 17
-    assert choose_num_positions(REAL, 0.97, 1, 17) > choose_num_positions(REAL, 0.97, 8, 17) > 1
+    assert choose(MEMORY_BOUND, 1.0, 4) == 17
+    assert choose(REAL, 0.97, 1) > choose(REAL, 0.97, 8) > 1
+
+
+def test_drafts_are_not_for_responses_that_end() -> None:
+    assert choose_num_positions(MEMORY_BOUND, 1.0, 4, [3, 3, 2, 1], 17) == 3
+    alone = choose_num_positions(REAL, 0.95, 3, [9], 17)
+    assert choose_num_positions(REAL, 0.95, 3, [9, 1, 1], 17) < alone
 
 
 def test_acceptance_begins_with_its_bound_and_follows_the_counts() -> None:

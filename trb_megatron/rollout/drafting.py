@@ -12,8 +12,9 @@ matrix with one vector and those with many.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -22,7 +23,7 @@ PRIOR_POSITIONS = 16
 """Positions that the policy's bound on acceptance counts for, beside those that a step has seen."""
 
 _TIMED_POSITIONS = (1, 3, 9)
-"""Without drafts, and with few and many. Those beyond would double the time of the measurement."""
+"""Beside the most that a round may have: without drafts, and with few and many."""
 _SEQUENCES_RATIO = 4
 """Of neighbouring numbers of sequences that are timed."""
 
@@ -38,7 +39,7 @@ def sequences_to_time(num_sequences: int) -> list[int]:
 
 def positions_to_time(max_positions: int) -> list[int]:
     """Numbers of positions to measure where a round has at most so many: ascending."""
-    return sorted({min(count, max_positions) for count in _TIMED_POSITIONS})
+    return sorted({min(count, max_positions) for count in (*_TIMED_POSITIONS, max_positions)})
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,8 @@ class DraftCosts:
     def of_round(self, num_sequences: int, num_positions: int) -> float:
         """Expected seconds of a round.
 
-        Linear between measured points, and on from the last ones for more positions; numbers of
-        sequences beyond the measured ones count as the nearest.
+        Linear between measured points; beyond them as at the nearest.
         """
-        lowest, highest = self.num_sequences[0], self.num_sequences[-1]
-        num_sequences = min(max(num_sequences, lowest), highest)
         of_positions = [
             _interpolate(self.num_sequences, column, num_sequences)
             for column in zip(*self.seconds, strict=True)
@@ -98,12 +96,14 @@ class DraftCosts:
 
 
 def _interpolate(points: Sequence[int], values: Sequence[float], at: int) -> float:
-    """Piecewise linear through (points, values), and beyond them as in the nearest piece."""
-    if len(points) == 1:
+    """Piecewise linear through (points, values), and constant beyond them."""
+    right = bisect_left(points, at)
+    if right == len(points):
+        return values[-1]
+    if right == 0:
         return values[0]
-    left = min(max(bisect_right(points, at) - 1, 0), len(points) - 2)
-    share = (at - points[left]) / (points[left + 1] - points[left])
-    return values[left] + share * (values[left + 1] - values[left])
+    share = (at - points[right - 1]) / (points[right] - points[right - 1])
+    return values[right - 1] + share * (values[right] - values[right - 1])
 
 
 def expected_tokens(acceptance: float, num_positions: int) -> float:
@@ -118,10 +118,26 @@ def estimate_acceptance(least_acceptance: float, num_accepted: int, num_scanned:
 
 
 def choose_num_positions(
-    costs: DraftCosts, acceptance: float, num_sequences: int, max_positions: int
+    costs: DraftCosts,
+    acceptance: float,
+    num_sequences: int,
+    remaining: Iterable[int],
+    max_positions: int,
 ) -> int:
-    """The G, from 1 to `max_positions`, with the most expected tokens per second."""
-    return max(
-        range(1, max_positions + 1),
-        key=lambda g: expected_tokens(acceptance, g) / costs.of_round(num_sequences, g),
-    )
+    """The G with the most expected tokens per second, from 1 to `max_positions`.
+
+    Args:
+        num_sequences: that go through rounds together.
+        remaining: tokens that each response may still get, at least 1. No sequence gets more from a
+            round, so that the last rounds of long responses don't draft for those that end.
+    """
+    room = Counter(min(count, max_positions) for count in remaining)
+
+    def tokens_per_second(num_positions: int) -> float:
+        tokens = sum(
+            num_such * expected_tokens(acceptance, min(num_positions, count))
+            for count, num_such in room.items()
+        )
+        return tokens / costs.of_round(num_sequences, num_positions)
+
+    return max(range(1, max(room) + 1), key=tokens_per_second)

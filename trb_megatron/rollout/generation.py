@@ -112,20 +112,19 @@ class Generation:
         """Positions of the group's next round: no more than the longest response may still get."""
         if not self.policy.needs_teacher:
             return 1
-        shortest = min((len(s.response_ids) for s in group.sequences), default=0)
-        remaining = self.spec.max_response_tokens - shortest
+        longest = self.spec.max_response_tokens
+        remaining = [longest - len(s.response_ids) for s in group.sequences] or [longest]
         max_positions = self.engine.config.max_positions
         if self.engine.config.draft_tokens != "auto":
-            return min(max_positions, remaining)
+            return min(max_positions, max(remaining))
         assert self.engine.draft_costs is not None, "draft_tokens=auto needs measured costs"
         acceptance = estimate_acceptance(
             self.policy.least_acceptance, self.num_accepted, self.num_scanned
         )
         num_active = max(1, self.scheduler.num_active)
-        chosen = choose_num_positions(
-            self.engine.draft_costs, acceptance, num_active, max_positions
+        return choose_num_positions(
+            self.engine.draft_costs, acceptance, num_active, remaining, max_positions
         )
-        return min(chosen, remaining)
 
     # ------------------------------------------------------------------ prefill
 
