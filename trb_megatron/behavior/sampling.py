@@ -1,13 +1,13 @@
 """Sampling an id of a sharded vocabulary: Gumbel-max on two levels, with keyed noise.
 
-The argmax of log p + Gumbel noise follows p (Maddison, Tarlow and Minka, arXiv 1411.0030, section
-2). It is the argmax of p / E with E exponential, -log E being the Gumbel noise: the same order
-without a logarithm of p. First a chunk of CHUNK_WIDTH ids is drawn by its mass, then an id in it,
+The argmax of log p + Gumbel noise follows p (Maddison, Tarlow and Minka, arXiv 1411.0030). It is
+the argmax of p / E with E exponential, -log E being the Gumbel noise: the same order without a
+logarithm of p. First a chunk of CHUNK_WIDTH ids is drawn by its mass, then an id in it,
 each with noise of its own. So about 2 sqrt(V) numbers a row are enough, where one level takes V.
 
-Rounding of logits moves an id with a probability of about twice the total variation that it makes,
-at each level (a coupling without communication: Daliri, Musco and Suresh, arXiv 2408.07978,
-section 2). An inverse CDF over ids would move each of V boundaries.
+Rounding of logits moves an id with a probability of at most twice the total variation that it
+makes, at each level (a coupling without communication: Daliri, Musco and Suresh, arXiv 2408.07978).
+An inverse CDF over ids would move each of V boundaries.
 
 Shapes: N rows, U this rank's vocabulary shard, C chunks that it has columns of, W columns of a
 chunk, R ranks of the group. Chunks are counted over the whole vocabulary, so that they are the same
