@@ -117,6 +117,8 @@ class Job:
 
 def _train_rank(rank: int, folder: Path, config_file: Path, overrides: tuple[str, ...]) -> None:
     os.setpgrp()
+    # A shell that runs the tests in its background ignores SIGINT, and so would the rank.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     log = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)

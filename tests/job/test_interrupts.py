@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,17 +43,19 @@ class Command:
             process_group=0,
         )
 
-    def read_until(self, start: str, count: int = 1) -> list[str]:
-        """The last words of the next `count` lines that begin so."""
+    def read_until(self, text: str, count: int = 1) -> list[str]:
+        """The numbers, if any, behind the next `count` times that it prints `text`.
+
+        Lines of several ranks may run into one another.
+        """
         assert self.process.stdout is not None
         found: list[str] = []
         seen = ""
         while len(found) < count:
             line = self.process.stdout.readline()
             seen += line
-            assert line, f"ended before {start!r}:\n{seen}"
-            if line.startswith(start):
-                found.append(line.split()[-1])
+            assert line, f"ended before {text!r}:\n{seen}"
+            found += re.findall(re.escape(text) + r"(?: (\d+))?", line)
         return found
 
     def signal(self, number: signal.Signals) -> None:
