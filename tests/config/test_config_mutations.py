@@ -209,7 +209,7 @@ OPTIONS: dict[str, Options] = {
     "evaluation.samples": whole(1, 2**16),
     "evaluation.pass_at": whole_list(1, "[1]"),
     "evaluation.temperature": number(0, 100, 0.01, 1, 100, bad=("1e-300", "0.0099")),
-    "evaluation.max_response_tokens": whole(1),
+    "evaluation.max_response_tokens": whole_or_auto(1, 2**31 - 1),
     "rewards.workers": whole(1, 1024),
     "rewards.timeout_s": positive(0.01, 86_400),
     "logging.tensorboard": flag(),

@@ -41,7 +41,7 @@ from trb_megatron.models.kv_cache import PageTable
 from trb_megatron.models.layers import flash_attention_version
 from trb_megatron.rollout.cache_size import CacheSize, page_tokens
 from trb_megatron.rollout.drafting import DraftCosts, timed_positions, timed_sequences
-from trb_megatron.rollout.generation import Generation, GenerationCounts
+from trb_megatron.rollout.generation import Generation, GenerationCounts, Watch
 from trb_megatron.rollout.sequences import Request, ResponseSpec
 
 _LEAST_ROUNDS, _MOST_ROUNDS, _ENOUGH_SECONDS = 2, 3, 1.0
@@ -98,9 +98,13 @@ class RolloutEngine:
         return self.config.cuda_graphs and can_record
 
     def generate(
-        self, requests: Sequence[Request], policy: Policy, spec: ResponseSpec
+        self,
+        requests: Sequence[Request],
+        policy: Policy,
+        spec: ResponseSpec,
+        watch: Watch | None = None,
     ) -> list[Rollout]:
-        """Answer every request, in the order given.
+        """Answer every request, in the order given; `watch` is told after each round.
 
         Collective over the model replica. The result depends on the policy, the requests' indices
         and the key in `spec`, not on drafts, slots, memory, order or layout (except where rounding
@@ -116,7 +120,7 @@ class RolloutEngine:
         generation = Generation(self, requests, policy, spec)
         scheduler = generation.scheduler
         with self._inference():
-            take_turns([generation.serve(group) for group in scheduler.groups])
+            take_turns([generation.serve(group, watch) for group in scheduler.groups])
         self.counts = generation.counts
         return generation.recorder.collect(scheduler.sequences)
 
