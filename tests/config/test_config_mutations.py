@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel
 
 from trb_megatron.config.conflicts import check_world_size
-from trb_megatron.config.options import Config
+from trb_megatron.config.options import Config, JobConfig
 from trb_megatron.config.reading import load_config, save_config
 from trb_megatron.config.values import ConfigError
 
@@ -740,7 +740,7 @@ def subclasses(cls: type[BaseModel]) -> Iterator[type[BaseModel]]:
         yield from subclasses(subclass)
 
 
-SECTION_TYPES = [cls for cls in subclasses(Config.__mro__[1]) if cls is not Config]
+SECTION_TYPES = [cls for cls in subclasses(JobConfig.__mro__[1]) if not issubclass(cls, JobConfig)]
 
 
 @pytest.mark.parametrize("base", BASES)

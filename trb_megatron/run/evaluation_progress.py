@@ -15,6 +15,7 @@ from trb_megatron.rollout.generation import Watch
 _LINE_EVERY_S = 15.0
 """Seconds after which a line is due where there is no terminal; each tenth of the problems is, too,
 but not twice in a second."""
+_BAR_EVERY_S = 0.2
 
 
 class EvaluationProgress:
@@ -86,18 +87,18 @@ class EvaluationProgress:
 
     def _show(self, name: str) -> None:
         now = time.monotonic()
-        seconds = now - self._started
-        rate = f"{self._num_tokens / seconds:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{name}, {rate}", refresh=False)
-            self._bar.update(self._num_done - self._bar.n)
-            self._bar.refresh()
-            return
+        seconds, since = now - self._started, now - self._shown_at
         tenths = 10 * self._num_done // self._total - 10 * self._num_shown // self._total
-        since = now - self._shown_at
-        if self._num_done < self._total and since < (1.0 if tenths else _LINE_EVERY_S):
+        line_every = 1.0 if tenths else _LINE_EVERY_S
+        is_last = self._num_done == self._total > self._num_shown
+        if not is_last and since < (_BAR_EVERY_S if self._bar is not None else line_every):
             return
         self._num_shown, self._shown_at = self._num_done, now
+        rate = f"{self._num_tokens / seconds:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.n = self._num_done
+            self._bar.set_postfix_str(f"{name}, {rate}", refresh=True)
+            return
         left = ""
         if self._num_done:
             to_go = seconds * (self._total - self._num_done) / self._num_done
