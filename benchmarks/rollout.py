@@ -1,14 +1,15 @@
 """Time of TRB rollouts: speculative against token by token, in one run.
 
-    torchrun --standalone --nproc-per-node 1 benchmarks/rollout.py     (2: tensor parallel)
+    torchrun --standalone --nproc-per-node 1 -m benchmarks.rollout     (2: tensor parallel)
 
 Random models: student 4 layers x 128, teacher 8 layers x --teacher-width, vocabulary 4,096, logits
 scaled so that the budget is active almost everywhere (see the column KL/ε). Ratios are those
 of medians over repetitions that alternate between the variants, because the machine is shared.
 "Vanilla" is what plain on-policy distillation does to collect its data: student rollouts, then one
 batched forward pass of the teacher over them. On one rank the student's rollouts alone stand beside
-`generate` of transformers with the same weights. "Predicted" are the teacher calls per token that
-the measured acceptance lets expect (`drafting.expected_tokens`).
+`generate` of transformers with the same weights. With --student and --teacher, folders of real
+models take the place of the random ones, and questions that of random prompts. "Predicted" are the
+teacher calls per token that the measured acceptance lets expect (`drafting.expected_tokens`).
 """
 
 import argparse
@@ -23,13 +24,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.same_tokens import build_requests
 from trb_megatron.behavior.stop_alignment import StopAlignment
 from trb_megatron.config.options import ParallelConfig, RolloutConfig
 from trb_megatron.distributed.layout import ParallelLayout, initialize, is_rank_zero, shutdown
 from trb_megatron.huggingface.config import read_hf_config
 
 VOCAB_SIZE = 4096
-STOP_ID = VOCAB_SIZE - 1
 PROMPT_TOKENS = 16
 
 
@@ -38,6 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sequences", type=int, nargs="+", default=[4, 8, 32, 128])
     parser.add_argument("--drafts", nargs="+", default=["0", "2", "4", "8", "auto"])
+    parser.add_argument("--student", type=Path, help="folder of a Hugging Face model")
+    parser.add_argument("--teacher", type=Path, help="likewise, with the same vocabulary")
     parser.add_argument("--response-tokens", type=int, default=64)
     parser.add_argument("--teacher-width", type=int, default=256)
     parser.add_argument("--kl-budget", type=float, default=0.01)
@@ -47,26 +50,15 @@ def main() -> None:
     torch.set_num_threads(1)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     layout = initialize(ParallelConfig(tensor_model_parallel_size=num_ranks))
-    with tempfile.TemporaryDirectory() as own_folder:
-        shared = [own_folder]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        folder = shared[0]
-        student = build_random_model(Path(folder) / "student", layout, layers=4, width=128, seed=0)
-        baseline = load_baseline(Path(folder) / "student") if num_ranks == 1 else None
-        teacher = build_random_model(
-            Path(folder) / "teacher", layout, layers=8, width=options.teacher_width, seed=1
-        )
-        torch.distributed.barrier()  # before rank 0 removes the folder
+    models, baseline = load_models(options, layout)
     rows = [
         f"| {num_sequences} | {row}"
         for num_sequences in options.sequences
-        for row in measure(
-            Variants(student, teacher, layout, num_sequences, options), baseline, options
-        )
+        for row in measure(Variants(models, layout, num_sequences, options), baseline, options)
     ]
     if is_rank_zero():
         print(
-            f"\nTP {layout.tp_size}, teacher width {options.teacher_width}, budget "
+            f"\nTP {layout.tp_size}, teacher {options.teacher or options.teacher_width}, budget "
             f"{options.kl_budget}, {options.response_tokens} tokens, "
             f"median of {options.repetitions}\n"
         )
@@ -79,14 +71,32 @@ def main() -> None:
     shutdown()
 
 
+def load_models(
+    options: argparse.Namespace, layout: ParallelLayout
+) -> tuple[list[torch.nn.Module], Any]:
+    """Student and teacher; and the student as a model of transformers, where it is a random one on
+    one rank."""
+    if options.student is not None:
+        return [load_model(folder, layout) for folder in (options.student, options.teacher)], None
+    with tempfile.TemporaryDirectory() as own_folder:
+        shared = [own_folder]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        folder = Path(shared[0])
+        shapes: dict[str, dict[str, int]] = {
+            "student": {"layers": 4, "width": 128, "seed": 0},
+            "teacher": {"layers": 8, "width": options.teacher_width, "seed": 1},
+        }
+        models = [build_random_model(folder / n, layout, **shape) for n, shape in shapes.items()]
+        baseline = load_baseline(folder / "student") if layout.tp_size == 1 else None
+        torch.distributed.barrier()  # before rank 0 removes the folder
+    return models, baseline
+
+
 def build_random_model(
     folder: Path, layout: ParallelLayout, *, layers: int, width: int, seed: int
 ) -> torch.nn.Module:
     """A random Qwen3 model, saved by rank 0 of transformers' class and loaded as ours."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from trb_megatron.models.build import build_model
-    from trb_megatron.models.weights import load_hf_weights
 
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -104,8 +114,16 @@ def build_random_model(
     model.lm_head.weight.data.normal_(0, 2.0 / width**0.5)  # logits of standard deviation 2
     model.save_pretrained(folder)  # on rank 0, says transformers
     torch.distributed.barrier()
+    return load_model(folder, layout)
+
+
+def load_model(folder: Path, layout: ParallelLayout) -> torch.nn.Module:
+    """A Hugging Face model as ours, fp32."""
+    from trb_megatron.models.build import build_model
+    from trb_megatron.models.weights import load_hf_weights
+
     hf_config = read_hf_config(folder)
-    ours = build_model(hf_config, layout, vocab_size=VOCAB_SIZE, dtype=torch.float32)
+    ours = build_model(hf_config, layout, vocab_size=hf_config.vocab_size, dtype=torch.float32)
     load_hf_weights(ours, hf_config, layout)
     return ours.eval().requires_grad_(False)
 
@@ -125,8 +143,7 @@ class Variants:
 
     def __init__(
         self,
-        student: torch.nn.Module,
-        teacher: torch.nn.Module,
+        models: list[torch.nn.Module],
         layout: ParallelLayout,
         num_sequences: int,
         options: argparse.Namespace,
@@ -134,18 +151,24 @@ class Variants:
         from trb_megatron.behavior.policies import BlendPolicy, StudentPolicy
         from trb_megatron.rollout.sequences import Request, ResponseSpec
 
-        self._models = student, teacher
+        self._models = models
         self._layout = layout
         self._options = options
         self._spec = ResponseSpec(
             max_response_tokens=options.response_tokens, stop_ids=(), seed=0, step=0
         )
-        shared: Any = {"temperature": 1.0, "num_valid": VOCAB_SIZE, "tp_group": layout.tp_group}
-        alignment = StopAlignment((STOP_ID,), (STOP_ID,))
+        vocab_size = VOCAB_SIZE
+        if options.student is not None:
+            vocab_size = read_hf_config(options.student).vocab_size
+        shared: Any = {"temperature": 1.0, "num_valid": vocab_size, "tp_group": layout.tp_group}
+        alignment = StopAlignment((vocab_size - 1,), (vocab_size - 1,))
         self._blend = BlendPolicy(kl_budget=options.kl_budget, alignment=alignment, **shared)
         self._student_alone = StudentPolicy(alignment=None, **shared)
         torch.manual_seed(7)
-        self._prompts = torch.randint(0, STOP_ID, (num_sequences, PROMPT_TOKENS)).tolist()
+        self._prompts = torch.randint(0, VOCAB_SIZE - 1, (num_sequences, PROMPT_TOKENS)).tolist()
+        if options.student is not None:
+            questions = [request.prompt_ids for request in build_requests(options.student)]
+            self._prompts = [questions[i % len(questions)] for i in range(num_sequences)]
         self._requests = [Request(i, 0, tuple(ids)) for i, ids in enumerate(self._prompts)]
         self._engines = {drafts: self._build_engine(drafts) for drafts in options.drafts}
 
@@ -159,9 +182,12 @@ class Variants:
         )
         engine = RolloutEngine(*self._models, self._layout, config)
         if drafts == "auto":
+            started = time.perf_counter()
             engine.draft_costs = engine.measure_draft_costs(
                 self._blend, self._spec, len(self._requests)
             )
+            if is_rank_zero():
+                print(f"auto: {time.perf_counter() - started:.1f} s; {engine.draft_costs}")
         return engine
 
     def blended(self) -> dict[str, Callable[[], Any]]:

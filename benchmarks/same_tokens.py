@@ -16,7 +16,6 @@ Settings with TP > 1 run under torchrun, which this command starts.
 import argparse
 import itertools
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -108,8 +107,8 @@ def main() -> None:
 
 def start_setting(setting: Setting, path: list[tuple[int, ...]] | None, folder: Path) -> Drawn:
     """Run one setting in processes of its own."""
-    file = folder / "setting.pkl"
-    file.write_bytes(pickle.dumps((setting, path)))
+    file = folder / "setting.pt"
+    torch.save((tuple(setting), path), file)
     subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -120,7 +119,7 @@ def start_setting(setting: Setting, path: list[tuple[int, ...]] | None, folder: 
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return pickle.loads(file.read_bytes())  # ours, from a private folder
+    return Drawn(*torch.load(file, weights_only=True))
 
 
 def run_setting(options: argparse.Namespace) -> None:
@@ -133,7 +132,8 @@ def run_setting(options: argparse.Namespace) -> None:
     from trb_megatron.rollout.engine import RolloutEngine
     from trb_megatron.rollout.sequences import ResponseSpec
 
-    setting, path = pickle.loads(options.setting.read_bytes())
+    sizes, path = torch.load(options.setting, weights_only=True)
+    setting = Setting(*sizes)
     layout = initialize(ParallelConfig(tensor_model_parallel_size=setting.tp_size))
     configs = [read_hf_config(folder) for folder in (options.student, options.teacher)]
     size = -(-max(config.vocab_size for config in configs) // setting.tp_size) * setting.tp_size
@@ -165,7 +165,7 @@ def run_setting(options: argparse.Namespace) -> None:
     guide.learn_keys(requests)
     generate(guide, 0)
     if is_rank_zero():
-        options.setting.write_bytes(pickle.dumps(Drawn(guide.logits, tokens)))
+        torch.save((guide.logits, tokens), options.setting)
     shutdown()
 
 
@@ -257,11 +257,11 @@ def draw_at_prefixes(drawn: Drawn, rule: Any, num_valid: int, num_keys: int) -> 
     from trb_megatron.uniforms import position_keys, rollout_key
 
     rows = []
-    for prefix, (student_V, teacher_V) in enumerate(drawn.logits.values()):
+    for prefix, key in enumerate(sorted(drawn.logits)):
         keys = position_keys(rollout_key(1, prefix, torch.arange(num_keys), 0), torch.tensor(0))
         ids = []
         for key_N in keys.split(100):
-            both = [row_V[:num_valid].expand(len(key_N), -1) for row_V in (student_V, teacher_V)]
+            both = [row_V[:num_valid].expand(len(key_N), -1) for row_V in drawn.logits[key]]
             with torch.inference_mode():
                 ids.append(rule.draw(rule.propose(both[0], key_N), *both, key_N)[0])
         rows.append(torch.cat(ids))

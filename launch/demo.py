@@ -11,6 +11,7 @@ ranks.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +39,8 @@ def run_job(
     """Run a command of the package on all ranks; leave with its status if it fails."""
     job = ["-m", f"trb_megatron.{command}", str(CONFIG), override]
     print(f"$ torchrun --nproc-per-node={NUM_RANKS} " + " ".join(job), flush=True)
+    # Ctrl-C is for the job, which gets it as well: it saves. What we start doesn't inherit this.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
     launcher = [sys.executable, "-m", "trb_megatron.launch", "--standalone"]
     finished = subprocess.run(
         [*launcher, f"--nproc-per-node={NUM_RANKS}", *job],

@@ -24,10 +24,9 @@ run_module() {
     local address port=$((20000 + SLURM_JOB_ID % 10000))
     # The address by which SLURM itself reaches the node, so that no name has to be resolved.
     address=$(scontrol show node "$SLURMD_NODENAME" | grep -oP 'NodeAddr=\K\S+')
-    # SLURM sends SIGTERM to all processes of a job that it preempts. torchrun, if it noticed, would
-    # kill its ranks 30 s later; so they have the whole GraceTime for their step and checkpoint.
-    run_on_nodes env --ignore-signal=TERM PET_SIGNALS_TO_HANDLE=SIGINT \
-        python -m trb_megatron.launch \
+    # SLURM sends SIGTERM to all processes of a job that it preempts. The launcher leaves its ranks
+    # the whole GraceTime for their step and checkpoint; torchrun would kill them 30 s later.
+    run_on_nodes python -m trb_megatron.launch \
         --nnodes="$SLURM_NNODES" \
         --nproc-per-node="${SLURM_GPUS_ON_NODE:?the job has no GPUs: give sbatch --gpus-per-node}" \
         --rdzv-backend=c10d \

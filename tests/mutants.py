@@ -232,6 +232,27 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_stopping.py::test_stop_request_finishes_the_step_and_saves",),
     ),
     Mutant(
+        name="second-ctrl-c-not-heard",
+        claim="the first Ctrl-C saves, the second ends at once",
+        old="if is_second and number in _ENDING:",
+        new="if is_second and number == signal.SIGTERM:",
+        tests=("test_interrupts.py::test_the_second_ends_at_once",),
+    ),
+    Mutant(
+        name="one-ctrl-c-passed-on-twice-taken-for-two",
+        claim="the first Ctrl-C saves, the second ends at once",
+        old="now - self._interrupted_at > SAME_SIGNAL_S",
+        new="now > self._interrupted_at",
+        tests=("test_interrupts.py::test_a_signal_to_launcher_and_ranks_is_one_request",),
+    ),
+    Mutant(
+        name="saved-run-ends-like-a-finished-one",
+        claim="the first Ctrl-C saves, the second ends at once",
+        old="sys.exit(stopped_status() if stopped.exists() else status)",
+        new="sys.exit(status)",
+        tests=("test_interrupts.py::test_the_first_saves",),
+    ),
+    Mutant(
         name="stop-file-of-a-saved-run-left-empty",
         claim="time limit, preemption, cancellation",
         old='self._file.write_text(message + "\\n")',
@@ -393,6 +414,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="(position_k <= last_Sq[..., None])",
         new="(position_k <= last_Sq[..., None] + 1)",
         tests=("test_paged_attention.py::test_equals_dense_causal_attention",),
+    ),
+    Mutant(
+        name="drafts-timed-with-all-slots",
+        claim="the costs of drafts are measured at the sequences that a step has",
+        old="for count in sequences_to_time(num_sequences):",
+        new="for count in sequences_to_time(engine.config.max_sequences):",
+        tests=("test_engine.py::test_rounds_are_timed_at_the_sequences_and_lengths_of_a_step",),
     ),
     Mutant(
         name="acceptance-estimated-without-its-prior",

@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from tests.layouts import LAYOUTS, ONE_RANK, Layout, ProbeResult, write_inputs
 from tests.ranks import run_distributed
 from tests.runs import make_trainer, read_metrics, train, weights_digest
 from tests.tiny import CHARACTERS, SPECIAL_TOKENS, make_checkpoint, make_tokenizer
+from trb_megatron.config.reading import load_config
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
@@ -379,3 +381,29 @@ def test_prompts_without_answers_train_without_rewards(tmp_path: Path, column: s
     assert "reward" not in done.stderr
     (metrics,) = read_metrics(tmp_path / "run")
     assert [name for name in metrics if "reward" in name] == []
+
+
+def _say_draft_costs(config_file: Path, runs: list[tuple[str, ...]]) -> list[str]:
+    """The first line on draft costs of each set-up."""
+    said = []
+    for overrides in runs:
+        with redirect_stdout(StringIO()) as output:
+            make_trainer(config_file, overrides).lock.close()
+        said += [line for line in output.getvalue().splitlines() if "draft_tokens=auto" in line][:1]
+    return said
+
+
+def test_draft_costs_are_measured_once_and_where_a_step_has_other_sequences(
+    config_file: Path,
+) -> None:
+    shared = (f"run.dir={config_file.parent}/costs", "rollout.draft_tokens=auto")
+    shared = (*shared, "behavior.kl_budget=0.05", "rollout.max_sequences=256")
+    runs = [shared, shared, (*shared, "rollout.max_sequences=3")]
+    said = run_distributed(_say_draft_costs, 1, config_file, runs, timeout_s=120)[0]
+    config = load_config(config_file, list(shared))
+    share = config.training.prompts_per_step * config.rollout.rollouts_per_prompt
+    assert said == [
+        f"rollout.draft_tokens=auto: timing rounds of up to {share} sequences",
+        f"rollout.draft_tokens=auto: by the costs in {config_file.parent}/costs/draft_costs.json",
+        "rollout.draft_tokens=auto: timing rounds of up to 3 sequences",
+    ]

@@ -9,8 +9,9 @@ ends it at once.
 The rank that failed first has given its reason (see `supervision`); what torchrun would print
 after it, 35 lines and more, says less.
 
-Exit status: 0 the job is done; 75 it was stopped and saved, and the same command goes on with it;
-130 Ctrl-C ended it at once; else that of the first rank that failed.
+Exit status: 0 the job is done; 75 it was stopped and saved, and the same command goes on with it (0
+where TRB_STOP_FILE is set: the file says so); 130 Ctrl-C ended it at once; else that of the first
+rank that failed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from trb_megatron.job.signals import handled
-from trb_megatron.job.stopping import STOPPED_FILE_VARIABLE, STOPPED_STATUS
+from trb_megatron.job.stopping import STOPPED_FILE_VARIABLE, stopped_status
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ[STOPPED_FILE_VARIABLE] = str(stopped)
         with handled(_pass_on, *_SIGNALS):
             status = _run(options)
-        sys.exit(STOPPED_STATUS if stopped.exists() else status)
+        sys.exit(stopped_status() if stopped.exists() else status)
 
 
 def _run(options: argparse.Namespace) -> int:

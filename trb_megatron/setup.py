@@ -120,7 +120,7 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     policy = policy_at(state.step, config, sources, layout)
     if config.rollout.draft_tokens == "auto" and policy.needs_teacher:
         spec = responses_at(state.step, config, sources)
-        engine.draft_costs = _draft_costs(config, engine, policy, spec)
+        engine.draft_costs = _draft_costs(config, plan, engine, policy, spec)
     return Setup(
         config=config,
         layout=layout,
@@ -245,27 +245,39 @@ def _resume(
 
 
 def _draft_costs(
-    config: Config, engine: RolloutEngine, policy: Policy, spec: ResponseSpec
+    config: Config, plan: Plan, engine: RolloutEngine, policy: Policy, spec: ResponseSpec
 ) -> DraftCosts:
-    """Costs of a rollout's rounds, measured when a run first starts and kept in its folder."""
+    """Costs of a rollout's rounds, kept in the run's folder.
+
+    They are measured when a run first starts, and when it goes on where a round costs something
+    else.
+    """
+    key = "rollout.draft_tokens=auto"
     file = config.run.dir / "draft_costs.json"
-    if file.is_file():
-        return DraftCosts(**json.loads(file.read_text()))
-    num_responses = config.training.prompts_per_step * config.rollout.rollouts_per_prompt
-    num_responses = -(-num_responses // engine.layout.dp_size)
-    num_sequences = min(num_responses, config.rollout.max_sequences)
-    say(f"measuring draft lengths with up to {num_sequences} sequences (rollout.draft_tokens=auto)")
+    num_sequences = min(config.rollout.max_sequences, plan.responses_per_replica)
+    measured_at = {
+        "device": engine.layout.device.type,
+        "precision": config.training.precision,
+        "ranks": [plan.tp_size, plan.pp_size, plan.dp_size],
+        "num_sequences": num_sequences,
+        "max_response_tokens": spec.max_response_tokens,
+    }
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    if stored.get("measured_at") == measured_at:
+        say(f"{key}: by the costs in {file}")
+        return DraftCosts.from_json(stored["costs"])
+    say(f"{key}: timing rounds of up to {num_sequences:,} sequences")
     started = time.perf_counter()
-    costs = engine.measure_draft_costs(policy, spec, num_responses)
-    seconds = time.perf_counter() - started
-    num_drafts = -1 + choose_num_positions(
-        costs, policy.least_acceptance, num_sequences, config.rollout.max_positions
-    )
+    costs = engine.measure_draft_costs(policy, spec, num_sequences)
+    seconds, acceptance = time.perf_counter() - started, policy.least_acceptance
+    most = config.rollout.max_positions
+    num_drafts = choose_num_positions(costs, acceptance, num_sequences, most) - 1
     say(
-        f"measured in {seconds:.1f} s: a step begins with {num_drafts} drafts (at an acceptance of "
-        f"{policy.least_acceptance:.2f}, the least that is known) and goes on by what it sees"
+        f"{key}: {seconds:.1f} s for that; {costs}; begins with {num_drafts} at an acceptance of "
+        f"{acceptance:.2f}"
     )
     with written_together(file, config.run.dir):
         if is_rank_zero():
-            write_file(file, json.dumps(dataclasses.asdict(costs)) + "\n")
+            content = {"measured_at": measured_at, "costs": dataclasses.asdict(costs)}
+            write_file(file, json.dumps(content) + "\n")
     return costs

@@ -6,14 +6,15 @@
 Ctrl-C, SIGTERM and SIGUSR1 end a run after the step that it is in and a save; a second Ctrl-C ends
 it at once. A run that was ended continues from its last checkpoint when it is started again.
 
-Exit status: 0 all steps are done; 75 stopped and saved (under plain torchrun, see
-docs/operations.md); 130 ended at once by Ctrl-C; 2 something must be changed first; 1 an error.
+Exit status: 0 all steps are done; 75 stopped and saved (see docs/operations.md for
+torchrun and SLURM); 130 ended at once by Ctrl-C; 2 something must be changed first; 1 an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
                 trainer = Trainer(set_up(config, layout, rewards))
             was_stopped = trainer.train()
         shutdown()
-    if was_stopped:
+    if was_stopped and "RANK" not in os.environ:
         sys.exit(stopped_status())
 
 

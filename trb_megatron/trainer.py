@@ -41,7 +41,7 @@ from trb_megatron.prompts.source import Prompt
 from trb_megatron.rollout.step_settings import policy_at, requests_of, responses_at
 from trb_megatron.run.log import RunLog
 from trb_megatron.run.metrics import PeakMemory, PhaseTimer
-from trb_megatron.run.step_metrics import average_step, describe_cost, sum_step
+from trb_megatron.run.step_metrics import average_step, describe_costs, sum_step
 from trb_megatron.setup import Setup
 from trb_megatron.update.exchange import exchange_rollouts
 from trb_megatron.update.gradients import StepGradients, loss_of_step
@@ -134,7 +134,6 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """Do one step and return its metrics; stages as in the module docstring."""
-        self.memory.start_step()
         policy = policy_at(self.step, self.config, self.sources, self.layout)
         prompts = self.prompts()
         rollouts = self.rollout(prompts, policy)
@@ -245,7 +244,7 @@ class Trainer:
     def _metrics(
         self, rollouts: Sequence[Rollout], rewards: Sequence[float], loss_sums: dict[str, Tensor]
     ) -> dict[str, float]:
-        """Metrics of the step over all replicas; ends the step's clock."""
+        """Metrics of the step over all replicas; ends the step's clock and peak."""
         counts: dict[str, float] = {}
         if self.config.is_distilling:
             counts["preemptions"] = self.engine.counts.preemptions
@@ -256,20 +255,18 @@ class Trainer:
         if self.config.is_distilling and self.config.behavior.policy == "trb":
             metrics["behavior/kl_budget"] = kl_budget_of_step(self.step, self.config.behavior)
         metrics["optim/skipped_steps"] = self.guard.num_skipped
-        return metrics | describe_cost(
-            self.timer.finish_step(),
-            metrics["rollout/tokens"],
-            self.memory.of_step_and_run(),
-        )
+        seconds, peaks_gb = self.timer.finish_step(), self.memory.finish_step()
+        return metrics | describe_costs(seconds, peaks_gb, metrics["rollout/tokens"])
 
     def evaluate(self, log: RunLog) -> dict[str, float]:
-        """Evaluate every set and show the result; the step's clock does not run meanwhile."""
+        """Evaluate every set and show the result; the step's clock and peak leave it out."""
         self.evaluation_is_due = False
         metrics: dict[str, float] = {}
         for name, result in self.evaluator.evaluate().items():
             log.write(f"step {self.step} | {name}: {result}")
             metrics |= result.metrics(name)
         self.timer.finish_step()
+        self.memory.finish_step()
         return metrics
 
     def save(self) -> None:
@@ -290,6 +287,7 @@ class Trainer:
             self.config.checkpoint.keep,
         )
         self.timer.finish_step()
+        self.memory.finish_step()
 
     def export(self) -> None:
         """Write the student as a Hugging Face checkpoint."""

@@ -98,7 +98,7 @@ def test_command_needs_a_model_and_problems_alone(tmp_path: Path) -> None:
         assert row["prompt"].endswith(
             f"\n{row['problem']}+{2 * row['problem']}=?<|im_end|>\n<|im_start|>assistant\n"
         )
-        assert 1 <= row["length"] and row["stopped"] in (True, False)
+        assert row["length"] >= 1 and row["stopped"] in (True, False)
         assert row["timed_out"] is False
     metrics = json.loads(done.stdout)
     for name in ("easy-test", "hard-test"):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.layouts import write_inputs
 from trb_megatron.checkpoint.folders import find_checkpoints
-from trb_megatron.job.stopping import STOPPED_STATUS
+from trb_megatron.job.stopping import STOP_FILE_VARIABLE, STOPPED_STATUS
 from trb_megatron.job.supervision import SAME_SIGNAL_S
 
 NUM_RANKS = 2
@@ -133,6 +133,19 @@ def test_a_signal_to_launcher_and_ranks_is_one_request(
     status, output = command.finish()
     assert status == STOPPED_STATUS, output
     assert (tmp_path / "saved").read_text() == number.name
+
+
+def test_a_stop_file_tells_instead_of_the_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To srun, a status other than 0 is a failure, which ends the launchers of other hosts."""
+    file = tmp_path / "stop"
+    monkeypatch.setenv(STOP_FILE_VARIABLE, str(file))
+    command, _ = start_ranks("trb_megatron.launch", "steps", tmp_path)
+    file.touch()
+    status, output = command.finish()
+    assert status == 0, output
+    assert file.read_text() == f"stopped by {file}\n"
 
 
 def test_a_launcher_without_ranks_ends_at_once() -> None:

@@ -2,24 +2,36 @@
 
 import json
 import re
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.families import make_family_checkpoint
 from tests.layouts import LAYOUTS, Layout, ProbeResult, layout_overrides, write_inputs
 from tests.ranks import run_distributed
 from tests.runs import Holdings, make_trainer, measure_holdings, num_bytes
 from tests.tiny import make_checkpoint, make_tokenizer
+from trb_megatron.behavior.policies import (
+    BlendPolicy,
+    Policy,
+    SKDPolicy,
+    TeacherPolicy,
+)
+from trb_megatron.behavior.stop_alignment import StopAlignment
 from trb_megatron.config.options import Config
 from trb_megatron.config.reading import load_config
 from trb_megatron.config.values import ConfigError
 from trb_megatron.models.sources import DTYPES, ModelSources
 from trb_megatron.plan.layout import bucket_sizes
-from trb_megatron.plan.memory import GB
+from trb_megatron.plan.memory import DRAW_COPIES, GB, PROPOSE_COPIES
 from trb_megatron.plan.plan import Plan, check_memory, make_plan
 from trb_megatron.plan.report import describe_plan
 from trb_megatron.update.state_size import optimizer_bytes
@@ -274,6 +286,80 @@ def test_activations_of_a_layer_by_hand(config_file: Path) -> None:
     )
     of_layer = 4 * 2048 + (2 + 1 + 16 + 2 * 8) * 128 + 4 * 6144 // 16
     assert need.activations == 2 * (8192 * 28 * of_layer + 151_936 // 16 * 2048)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations made and that are still in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._now = 0
+        self._users: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if torch.is_tensor(t)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            pointer, num_bytes = storage.data_ptr(), storage.nbytes()
+            if pointer in self._users or pointer not in old:  # not a view of an argument
+                self._now += num_bytes * (self._users[pointer] == 0)
+                self._users[pointer] += 1
+                weakref.finalize(tensor, self._drop, pointer, num_bytes)
+        self.most = max(self.most, self._now)
+        return result
+
+    def _drop(self, pointer: int, num_bytes: int) -> None:
+        self._users[pointer] -= 1
+        if self._users[pointer] == 0:
+            del self._users[pointer]
+            self._now -= num_bytes
+
+
+def _copies(call: Callable[[], Any], num_logits: int) -> float:
+    with _LiveBytes() as live:
+        call()
+    return live.most / (4 * num_logits)
+
+
+@pytest.mark.parametrize("name", DRAW_COPIES)
+def test_a_draw_takes_the_memory_that_the_plan_has_for_it(name: str) -> None:
+    shared: Any = {
+        "temperature": 1.0,
+        "num_valid": 49_000,
+        "tp_group": None,
+        "alignment": StopAlignment((2,), (3,)),
+    }
+    policies: dict[str, Callable[[], Policy]] = {
+        "trb": lambda: BlendPolicy(kl_budget=0.01, **shared),
+        "skd": lambda: SKDPolicy(top_k=25, teacher_temperature=1.0, **shared),
+        "teacher": lambda: TeacherPolicy(**shared),
+    }
+    policy = policies[name]()
+    torch.manual_seed(0)
+    student_NU = 3 * torch.randn(16, 49_152)
+    teacher_NU = student_NU + torch.randn(16, 49_152)
+    key_N = torch.randint(2**40, (16,))
+    proposal = policy.propose(student_NU, key_N)
+    of_proposal = _copies(lambda: policy.propose(student_NU, key_N), student_NU.numel())
+    of_draw = _copies(
+        lambda: policy.draw(proposal, student_NU, teacher_NU, key_N), student_NU.numel()
+    )
+    assert PROPOSE_COPIES - 1 < of_proposal <= PROPOSE_COPIES + 0.2  # and some chunks of rows
+    assert DRAW_COPIES[name] - 1.5 < of_draw <= DRAW_COPIES[name] + 0.2
+
+
+def test_rollouts_have_room_for_a_round_of_all_slots(config_file: Path) -> None:
+    """8 responses, not 256 slots; both models' logits and what the draw makes of them."""
+    fp32 = ("training.precision=fp32", "rollout.max_response_tokens=16", "data.max_prompt_tokens=8")
+    few = (
+        *("training.prompts_per_step=2", "rollout.rollouts_per_prompt=4"),
+        "rollout.max_prefill_tokens=1",
+    )
+    (need,) = _memory(config_file, 1, *fp32, *few, "rollout.keep_teacher_hidden=false")
+    assert need.rollouts == 8 * 17 * 151_936 * (2 * 4 + 5 * 4)
+    (none,) = _memory(config_file, 1, *fp32, *few, "behavior.kl_budget=0")
+    assert none.rollouts == 8 * 151_936 * (4 + 2 * 4)
 
 
 # ---------------------------------------------------------------- refusals

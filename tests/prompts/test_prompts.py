@@ -207,7 +207,7 @@ def test_real_evaluation_sets(shared_data: Path, tokenizer: PreTrainedTokenizerF
 
 # ---------------------------------------------------------------- without answers
 
-NOTHING = object()
+NOTHING = "no such column"
 
 
 def write_source(path: Path, rows: list[dict[str, Any]]) -> Path:

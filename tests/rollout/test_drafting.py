@@ -1,5 +1,8 @@
 """The choice of the draft length: a pure function of costs and acceptance."""
 
+import dataclasses
+import json
+
 import pytest
 
 from trb_megatron.rollout.drafting import (
@@ -7,15 +10,28 @@ from trb_megatron.rollout.drafting import (
     choose_num_positions,
     estimate_acceptance,
     expected_tokens,
-    timed_positions,
-    timed_sequences,
+    positions_to_time,
+    sequences_to_time,
 )
 
-SIZES = tuple((s, g) for s in (1, 11, 128) for g in (1, 9, 17))
+
+def costs(per_round: float, per_position: float, per_token: float) -> DraftCosts:
+    """Of rounds that take per_round + G * (per_position + S * per_token) seconds."""
+    counts = (1, 3, 9)
+    rows = {
+        s: [per_round + g * (per_position + s * per_token) for g in counts] for s in (1, 32, 128)
+    }
+    return DraftCosts.of_rows(counts, rows)
+
+
 # A teacher call that costs as much as ten student steps, whatever it scores: memory-bound decoding.
-MEMORY_BOUND = DraftCosts.of_rounds({(s, g): 10.0 + g for s, g in SIZES})
+MEMORY_BOUND = costs(per_round=10.0, per_position=1.0, per_token=0.0)
 # Every token costs the same, drafted or not: drafts that are dropped are a loss.
-COMPUTE_BOUND = DraftCosts.of_rounds({(s, g): float(s * g) for s, g in SIZES})
+COMPUTE_BOUND = costs(per_round=0.0, per_position=0.0, per_token=1.0)
+
+# SmolLM2-135M as the teacher and 20 of its 30 layers as the student, on one core: at one sequence
+# the products of a matrix with one vector wait for memory; with eight they don't.
+REAL = DraftCosts.of_rows((1, 3, 9), {1: (0.095, 0.233, 0.459), 8: (0.170, 0.380, 1.070)})
 
 
 def test_expected_tokens_are_those_of_the_design() -> None:
@@ -26,34 +42,44 @@ def test_expected_tokens_are_those_of_the_design() -> None:
     assert expected_tokens(0.3, 1) == 1
 
 
-def test_costs_are_those_that_were_measured_and_linear_between() -> None:
-    costs = DraftCosts.of_rounds({(1, 1): 1.0, (1, 9): 5.0, (64, 1): 4.0, (64, 9): 40.0})
-    assert [costs.predict(*size) for size in ((1, 1), (1, 9), (64, 1), (64, 9))] == [1, 5, 4, 40]
-    assert costs.predict(1, 5) == pytest.approx(3.0)
-    assert costs.predict(22, 1) == pytest.approx(2.0)
-    assert costs.predict(22, 5) == pytest.approx((2 * 3 + 22) / 3)
+def test_costs_between_measured_rounds_are_linear_in_each_piece() -> None:
+    for (s, g), seconds in {
+        (1, 1): 0.095,
+        (8, 9): 1.070,
+        (8, 2): 0.275,
+        (8, 6): 0.725,
+        (8, 17): 1.990,  # goes on as from 3 to 9
+        (4.5, 3): 0.3065,
+        (20, 3): 0.380,  # as the most sequences that were measured
+    }.items():
+        assert REAL.of_round(s, g) == pytest.approx(seconds)
+    assert DraftCosts.of_rows((1,), {1: (0.1,)}).of_round(5, 3) == 0.1
 
 
-def test_no_larger_round_is_predicted_to_be_faster() -> None:
-    costs = DraftCosts.of_rounds({(1, 1): 1.0, (1, 9): 0.5, (64, 1): 2.0, (64, 9): 1.5})
-    seconds = [[costs.predict(s, g) for g in (1, 5, 9)] for s in (1, 30, 64)]
-    assert all(row == sorted(row) for row in (*seconds, *map(list, zip(*seconds, strict=True))))
-
-
-def test_the_choice_follows_the_tail_of_a_step() -> None:
-    """Rounds of many sequences cost as they have tokens, those of a few hardly more than one."""
-    costs = DraftCosts.of_rounds({(s, g): max(8.0, s * g / 16) for s, g in SIZES})
-    chosen = [choose_num_positions(costs, 0.9, s, 17) for s in (128, 32, 1)]
-    assert chosen == sorted(chosen) and chosen[0] < chosen[-1]
+def test_a_longer_round_is_never_cheaper() -> None:
+    noisy = DraftCosts.of_rows((1, 3, 9), {1: (1.0, 3.0, 2.0), 64: (2.0, 1.0, 4.0)})
+    for s in (1, 30, 64):
+        seconds = [noisy.of_round(s, g) for g in range(1, 18)]
+        assert seconds == sorted(seconds) and seconds[0] > 0
 
 
 @pytest.mark.parametrize(
-    ("num_sequences", "expected"), [(1, (1,)), (2, (1, 2)), (8, (1, 3, 8)), (256, (1, 16, 256))]
+    ("most", "timed"),
+    [(1, [1]), (3, [1, 3]), (8, [1, 8]), (16, [1, 4, 16]), (256, [1, 4, 16, 64, 256])],
 )
-def test_rounds_are_timed_as_a_step_has_them(num_sequences: int, expected: tuple[int, ...]) -> None:
-    assert timed_sequences(num_sequences) == expected
-    assert timed_positions(17) == (1, 9, 17)
-    assert timed_positions(1) == (1,)
+def test_timed_are_a_step_s_sequences_and_those_of_its_tail(most: int, timed: list[int]) -> None:
+    assert sequences_to_time(most) == timed
+
+
+def test_no_timed_round_is_longer_than_a_round_may_be() -> None:
+    assert positions_to_time(17) == [1, 3, 9]
+    assert positions_to_time(5) == [1, 3, 5]
+    assert positions_to_time(1) == [1]
+
+
+def test_costs_survive_the_run_s_folder() -> None:
+    stored = json.dumps(dataclasses.asdict(REAL))
+    assert DraftCosts.from_json(json.loads(stored)) == REAL
 
 
 def test_drafts_grow_where_calls_are_dear_and_acceptance_is_high() -> None:
@@ -61,6 +87,7 @@ def test_drafts_grow_where_calls_are_dear_and_acceptance_is_high() -> None:
     chosen = [choose_num_positions(MEMORY_BOUND, a, 4, 17) for a in (0.3, 0.7, 0.9, 0.99)]
     assert chosen == sorted(set(chosen)) and chosen[0] > 1
     assert choose_num_positions(MEMORY_BOUND, 1.0, 4, 17) == 17
+    assert choose_num_positions(REAL, 0.97, 1, 17) > choose_num_positions(REAL, 0.97, 8, 17) > 1
 
 
 def test_acceptance_begins_with_its_bound_and_follows_the_counts() -> None:

@@ -98,9 +98,7 @@ def _run(folder: Path) -> dict[str, Any]:
         bench.tokens(bench.engine(cache_gb=2e-5))
     except ValueError as error:
         found["too small"] = str(error)
-    auto = bench.engine(draft_tokens="auto", max_sequences=6)
-    spec = bench.spec(LENGTH)
-    found["costs"] = {n: auto.measure_draft_costs(bench.policy, spec, n) for n in (4, 24)}
+    found["timed"] = _timed_rounds(bench)
     found["peak memory"] = _peaks_of_ten_thousand(bench)
     checking = mock.patch("trb_megatron.behavior.policies.sample_softmax", _checking)
     with _no_readback(), checking:
@@ -109,6 +107,31 @@ def _run(folder: Path) -> dict[str, Any]:
         except _ReadbackError as error:
             found["readback"] = str(error)
     return found
+
+
+def _timed_rounds(bench: Bench) -> dict[str, Any]:
+    """What `measure_draft_costs` runs: sequences and positions of the teacher's passes."""
+    from trb_megatron.models.forward import CachedModel
+
+    forward, passes = CachedModel.forward, []
+
+    def noted(self: Any, batch: Any, tokens_N: torch.Tensor) -> Any:
+        if self.model is bench.models[1]:
+            passes.append((len(batch.query_lengths_S), batch.max_query_length))
+        return forward(self, batch, tokens_N)
+
+    options: dict[str, Any] = {"max_sequences": 256, "draft_tokens": "auto"}
+    engine, small = bench.engine(**options), bench.engine(**options, cache_gb=6e-5)
+    with mock.patch.object(CachedModel, "forward", noted):
+        costs = engine.measure_draft_costs(bench.policy, bench.spec(6), num_sequences=8)
+    of_small = small.measure_draft_costs(bench.policy, bench.spec(6), num_sequences=8)
+    engine.draft_costs = costs
+    return {
+        "costs": costs,
+        "passes": passes,
+        "tokens": bench.tokens(engine),
+        "fitting": of_small.num_sequences,
+    }
 
 
 def _peaks_of_ten_thousand(bench: Bench) -> list[int]:
@@ -266,6 +289,17 @@ def test_a_cache_too_small_for_one_sequence_is_refused(results: dict[str, Any]) 
     assert "one sequence needs 6 " in message and "at least 3.58e-05 GB" in message
 
 
+def test_rounds_are_timed_at_the_sequences_and_lengths_of_a_step(results: dict[str, Any]) -> None:
+    """Of 256 slots a step has 8, and its responses 6 tokens."""
+    costs, passes = results["timed"]["costs"], results["timed"]["passes"]
+    assert costs.num_sequences == (1, 8) and costs.num_positions == (1, 3, 6)
+    rounds = [(s, g) for s, g in passes if g > 1 or s > 1]
+    assert {g for _, g in rounds if g > 1} == {3, 6} and max(s for s, _ in rounds) == 8
+    assert all(seconds > 0 for row in costs.seconds for seconds in row)
+    assert results["timed"]["tokens"] == results["plain"]
+    assert 1 < results["timed"]["fitting"][-1] < 8  # a cache without room for eight
+
+
 def test_ten_thousand_rollouts_do_not_grow(results: dict[str, Any]) -> None:
     peaks = results["peak memory"]
     assert peaks[-1] - peaks[1] < 8 * MEGABYTE
@@ -283,12 +317,3 @@ def test_tasks_of_different_lengths_take_turns() -> None:
     log: list[str] = []
     take_turns([_turns("a", log, 3), _turns("b", log, 1), _turns("c", log, 2)])
     assert log == ["a0", "b0", "c0", "a1", "c1", "a2"]
-
-
-def test_draft_costs_are_of_the_rounds_that_a_step_has(results: dict[str, Any]) -> None:
-    """Of the responses of a step, or as many as have slots."""
-    for num_responses, sizes in ((4, (1, 2, 4)), (24, (1, 2, 6))):
-        costs = results["costs"][num_responses]
-        assert costs.num_sequences == sizes
-        assert costs.num_positions == (1, 9, 17)
-        assert all(0 < seconds < 60 for row in costs.seconds for seconds in row)

@@ -1,7 +1,9 @@
-"""Metrics files, the progress bar and the timer."""
+"""Metrics files, the progress bar and the meters."""
 
 import io
 import json
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -161,16 +163,22 @@ def test_timer_attributes_every_second_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_peak_memory_is_that_of_the_step_and_of_the_run() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = PeakMemory()
-    memory.start_step()
-    before, _ = memory.of_step_and_run()
-    assert 0 <= before < 1000
-    block = torch.ones(int(0.3e9), dtype=torch.uint8, device=device)
+    before = memory.finish_step()
+    assert 0 <= before["step"] <= before["run"] < 1000
+    block = torch.ones(200_000_000, dtype=torch.uint8, device=device)
     assert block[-1] == 1
-    large, of_run = memory.of_step_and_run()
-    assert large >= before + 0.25 and of_run >= large
+    large = memory.finish_step()
     del block
-    memory.start_step()
-    small, of_run = memory.of_step_and_run()
-    assert of_run >= large
-    if sys.platform == "linux":
-        assert small < large - 0.2
+    memory.finish_step()  # began while the block was there
+    small = memory.finish_step()
+    assert large["step"] >= small["step"] + 0.18
+    assert small["run"] >= large["step"] > before["step"] - 0.001
+
+
+def test_peak_of_a_step_is_unknown_where_it_cannot_start_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    peaks = PeakMemory().finish_step()
+    assert math.isnan(peaks["step"]) and 0 < peaks["run"] < 1000

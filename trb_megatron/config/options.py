@@ -192,7 +192,8 @@ class RolloutConfig(Section):
     pipeline stage."""
     draft_tokens: Annotated[Literal["auto"] | int, auto_or_between(0, MOST_DRAFT_TOKENS)] = "auto"
     """Tokens that the student proposes per call of the teacher; 0: token by token; `auto`: by
-    costs that are measured when the run first starts. Never changes a token."""
+    costs that are measured when the run first starts, at the numbers of sequences that a step has.
+    Never changes a token."""
     keep_teacher_hidden: Flag = True
     """Keep the teacher's hidden states from the rollouts for the loss, which then runs no
     teacher."""

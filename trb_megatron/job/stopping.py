@@ -18,7 +18,7 @@ from trb_megatron.job.signals import handled, heard
 
 STOPPED_STATUS = 75
 """Exit status of a run that was stopped and saved, and has steps left: EX_TEMPFAIL of sysexits.h,
-"try again". The launcher has it, or the run itself where it is one process without a launcher."""
+"try again". See `stopped_status`."""
 
 STOP_FILE_VARIABLE = "TRB_STOP_FILE"
 """Names the environment variable that names a file: where it exists, the run ends. (A batch script
@@ -104,9 +104,12 @@ class StopRequests:
 
 
 def stopped_status() -> int:
-    """The exit status of a rank whose run was stopped and saved."""
-    was_launched = "RANK" in os.environ
-    return 0 if was_launched else STOPPED_STATUS
+    """The exit status of a launcher, or a run without one, whose run was stopped and saved.
+
+    It is 0 where a stop file is named, which tells the same: srun would take another status for a
+    failure, and end the launchers of the other hosts.
+    """
+    return 0 if os.environ.get(STOP_FILE_VARIABLE) else STOPPED_STATUS
 
 
 def _is_first_of_host() -> bool:

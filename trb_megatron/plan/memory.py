@@ -8,8 +8,10 @@ greatest length:
   Korthikanti et al., arXiv 2205.05198, section 4, for these layers: RMSNorm, grouped queries,
   flash-attention, a gated MLP, no dropout. Stage s of P holds those of P - s microbatches (1F1B).
   With recomputation it keeps the input of each layer, and all of one layer (section 5 there).
-- rollouts: the activations of a prefill, or the logits of a round of drafts, and the teacher's
-  hidden states, which exist twice while they are sorted by response.
+- rollouts: the activations of a prefill, or the logits of a round of drafts with the most
+  sequences and positions and what the policy computes from them, and the teacher's hidden states,
+  which exist twice while they are sorted by response. Timing rounds before the first step
+  (`rollout.draft_tokens=auto`) takes no more.
 """
 
 from __future__ import annotations
@@ -33,6 +35,13 @@ GB = 10**9
 
 RESERVED_BYTES = 2 * GB
 """Of a GPU, for what no plan counts: CUDA itself, NCCL's buffers, gaps between allocations."""
+
+
+DRAW_COPIES = {"trb": 5, "skd": 10, "teacher": 7}
+"""What each behavior policy computes from a round's logits to draw its tokens: at most so many
+tensors of their shape in fp32 at a time."""
+PROPOSE_COPIES = 2
+"""Likewise of the student's draw at one position."""
 
 
 @dataclass(frozen=True)
@@ -252,12 +261,20 @@ class MemoryModel:
         rollout = self.config.rollout
         of_layer = max(self._layer_activations(model.config) for model in self.sampling_models)
         num_prefilled = min(rollout.max_prefill_tokens, self.share * self.step.max_length)
-        num_elements = int(num_prefilled * of_layer)
+        num_bytes = int(num_prefilled * of_layer) * self.dtype.itemsize
         if self._is_last(stage):
-            num_sequences = -(-min(rollout.max_sequences, self.share) // self.pp_size)
-            num_positions = rollout.max_positions if self.config.asks_teacher else 1
-            # The student's are made position by position and then stacked.
-            num_copies = 1 + len(self.sampling_models)
-            logits = num_copies * num_sequences * num_positions * self.vocab_rows
-            num_elements = max(num_elements, logits)
-        return num_elements * self.dtype.itemsize
+            num_bytes = max(num_bytes, self._round())
+        return num_bytes
+
+    def _round(self) -> int:
+        """The logits of a round of the most sequences and positions, and the draw from them."""
+        rollout = self.config.rollout
+        num_sequences = -(-min(rollout.max_sequences, self.share) // self.pp_size)
+        num_logits = num_sequences * self.vocab_rows
+        fp32 = torch.float32.itemsize
+        of_logit = self.dtype.itemsize + PROPOSE_COPIES * fp32
+        if self.config.asks_teacher:
+            num_logits *= rollout.max_positions
+            num_copies = DRAW_COPIES[self.config.behavior.policy]
+            of_logit = len(self.sampling_models) * self.dtype.itemsize + num_copies * fp32
+        return num_logits * of_logit

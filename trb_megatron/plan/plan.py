@@ -37,6 +37,11 @@ class Plan:
         return self.tp_size * self.pp_size * self.dp_size
 
     @property
+    def responses_per_replica(self) -> int:
+        """Of a step, at most."""
+        return -(-self.step.num_responses // self.dp_size)
+
+    @property
     def vocab_rows(self) -> int:
         """Rows of embedding and output weight on each tensor-parallel rank."""
         return self.vocab_size // self.tp_size

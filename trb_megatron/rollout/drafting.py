@@ -1,43 +1,53 @@
 """How many tokens the student should draft before the teacher is asked.
 
 A round of S sequences and G positions (G - 1 drafts and one more; G = 1 is token by token) takes
-seconds(S, G) and yields, at acceptance a per position, (1 - a^G) / (1 - a) tokens per sequence
-(Leviathan et al., arXiv 2211.17192, equation 1). The best G is a pure function of these costs,
-which are measured once per run, and of the acceptance seen so far in a step. It changes the speed,
-never the tokens.
+seconds(S, G), and yields, at acceptance a per position, (1 - a^G) / (1 - a) tokens per sequence
+(Leviathan et al., arXiv 2211.17192, equation 1). The best G is a pure function of these seconds and
+of the acceptance seen so far in a step. It changes the speed, never the tokens.
+
+The seconds are measured once per run (`timing`) at some S and G, and interpolated between them: at
+a fixed S they are nearly affine in G, but no plane over S and S * G fits both the products of a
+matrix with one vector and those with many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate
+from typing import Any
 
 PRIOR_POSITIONS = 16
 """Positions that the policy's bound on acceptance counts for, beside those that a step has seen."""
 
+_TIMED_POSITIONS = (1, 3, 9)
+"""Without drafts, and with few and many. Those beyond would double the time of the measurement."""
+_SEQUENCES_RATIO = 4
+"""Of neighbouring numbers of sequences that are timed."""
 
-def timed_sequences(num_sequences: int) -> tuple[int, ...]:
-    """The numbers of sequences whose rounds are timed: all of a step, few and one as it ends."""
-    return tuple(sorted({1, round(num_sequences**0.5), num_sequences}))
+
+def sequences_to_time(num_sequences: int) -> list[int]:
+    """Numbers of sequences to measure for a step of so many, as its slots empty: ascending."""
+    counts = {1, num_sequences}
+    while num_sequences >= _SEQUENCES_RATIO:
+        counts.add(num_sequences)
+        num_sequences //= _SEQUENCES_RATIO
+    return sorted(counts)
 
 
-def timed_positions(max_positions: int) -> tuple[int, ...]:
-    """The numbers of positions whose rounds are timed: without drafts, half of the most, all."""
-    return tuple(sorted({1, (max_positions + 1) // 2, max_positions}))
+def positions_to_time(max_positions: int) -> list[int]:
+    """Numbers of positions to measure where a round has at most so many: ascending."""
+    return sorted({min(count, max_positions) for count in _TIMED_POSITIONS})
 
 
 @dataclass(frozen=True)
 class DraftCosts:
-    """Seconds of rounds: as measured, and linear between the sizes that were measured.
-
-    Not a plane through all of them: on a CPU small rounds cost far less a token than a plane has it
-    that fits the large ones, and the small ones are those that end a step.
+    """Measured seconds of a round.
 
     Attributes:
-        num_sequences, num_positions: sizes of the rounds, ascending.
-        seconds: of each number of sequences the seconds at each number of positions.
+        num_sequences, num_positions: where they were measured, ascending.
+        seconds: [S, G], a row for each number of sequences; ascending in each row.
     """
 
     num_sequences: tuple[int, ...]
@@ -45,20 +55,55 @@ class DraftCosts:
     seconds: tuple[tuple[float, ...], ...]
 
     @classmethod
-    def of_rounds(cls, seconds: Mapping[tuple[int, int], float]) -> DraftCosts:
-        """The costs from rounds of all sizes, (S, G) -> seconds.
+    def of_rows(
+        cls, num_positions: Sequence[int], rows: Mapping[int, Sequence[float]]
+    ) -> DraftCosts:
+        """From the measured seconds of each number of sequences.
 
-        A larger round that was faster than a smaller one, by noise, counts as slow as that.
+        More positions never take less time: where a measurement says so, it is noise.
         """
-        sequences, positions = (tuple(sorted(set(sizes))) for sizes in zip(*seconds, strict=True))
-        measured = np.array([[seconds[s, g] for g in positions] for s in sequences])
-        rising = np.maximum.accumulate(np.maximum.accumulate(measured, axis=0), axis=1)
-        return cls(sequences, positions, tuple(map(tuple, rising.tolist())))
+        counts = sorted(rows)
+        seconds = tuple(tuple(accumulate(rows[count], max)) for count in counts)
+        return cls(tuple(counts), tuple(num_positions), seconds)
 
-    def predict(self, num_sequences: int, num_positions: int) -> float:
-        """Seconds of a round; outside of what was measured those of the nearest size."""
-        at_sizes = [np.interp(num_positions, self.num_positions, row) for row in self.seconds]
-        return float(np.interp(num_sequences, self.num_sequences, at_sizes))
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> DraftCosts:
+        """From what JSON made of `dataclasses.asdict`."""
+        return cls(
+            tuple(fields["num_sequences"]),
+            tuple(fields["num_positions"]),
+            tuple(map(tuple, fields["seconds"])),
+        )
+
+    def __str__(self) -> str:
+        times = [
+            f"{seconds:.3g} s with {count - 1}"
+            for seconds, count in zip(self.seconds[-1], self.num_positions, strict=True)
+        ]
+        return f"a round of {self.num_sequences[-1]:,} takes {', '.join(times)} drafts"
+
+    def of_round(self, num_sequences: int, num_positions: int) -> float:
+        """Expected seconds of a round.
+
+        Linear between measured points, and on from the last ones for more positions; numbers of
+        sequences beyond the measured ones count as the nearest.
+        """
+        lowest, highest = self.num_sequences[0], self.num_sequences[-1]
+        num_sequences = min(max(num_sequences, lowest), highest)
+        of_positions = [
+            _interpolate(self.num_sequences, column, num_sequences)
+            for column in zip(*self.seconds, strict=True)
+        ]
+        return _interpolate(self.num_positions, of_positions, num_positions)
+
+
+def _interpolate(points: Sequence[int], values: Sequence[float], at: int) -> float:
+    """Piecewise linear through (points, values), and beyond them as in the nearest piece."""
+    if len(points) == 1:
+        return values[0]
+    left = min(max(bisect_right(points, at) - 1, 0), len(points) - 2)
+    share = (at - points[left]) / (points[left + 1] - points[left])
+    return values[left] + share * (values[left + 1] - values[left])
 
 
 def expected_tokens(acceptance: float, num_positions: int) -> float:
@@ -78,5 +123,5 @@ def choose_num_positions(
     """The G, from 1 to `max_positions`, with the most expected tokens per second."""
     return max(
         range(1, max_positions + 1),
-        key=lambda g: expected_tokens(acceptance, g) / costs.predict(num_sequences, g),
+        key=lambda g: expected_tokens(acceptance, g) / costs.of_round(num_sequences, g),
     )

@@ -23,13 +23,10 @@ model's type on each rank of the last stage, and as many of the teacher's.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from trb_megatron.batch import Rollout
 from trb_megatron.behavior.policies import Policy
@@ -40,12 +37,10 @@ from trb_megatron.models.gpt import HiddenStateGPTModel
 from trb_megatron.models.kv_cache import PageTable
 from trb_megatron.models.layers import flash_attention_version
 from trb_megatron.rollout.cache_size import CacheSize, page_tokens
-from trb_megatron.rollout.drafting import DraftCosts, timed_positions, timed_sequences
+from trb_megatron.rollout.drafting import DraftCosts
 from trb_megatron.rollout.generation import Generation, GenerationCounts, Watch
 from trb_megatron.rollout.sequences import Request, ResponseSpec
-
-_LEAST_ROUNDS, _MOST_ROUNDS, _ENOUGH_SECONDS = 2, 3, 1.0
-"""A round is timed so often, and beyond the least only until so many seconds have passed."""
+from trb_megatron.rollout.timing import time_rounds
 
 
 class RolloutEngine:
@@ -150,31 +145,14 @@ class RolloutEngine:
             yield
 
     def measure_draft_costs(
-        self, policy: Policy, spec: ResponseSpec, num_responses: int
+        self, policy: Policy, spec: ResponseSpec, num_sequences: int
     ) -> DraftCosts:
-        """Time rounds of few and many sequences, with and without drafts, on made-up prompts.
+        """Time rounds of 1 to `num_sequences` sequences, the most that a step has in slots.
 
-        Collective over all ranks of the job; rank 0's clock counts everywhere. It takes no more
-        memory than a step's rollouts.
-
-        Args:
-            num_responses: that this replica generates in a step.
+        Collective over all ranks of the job; see `time_rounds`.
         """
-        assert self.config.draft_tokens == "auto", "other draft lengths need no costs"
-        num_tokens = (_MOST_ROUNDS + 1) * self.config.max_positions
-        endless = replace(spec, stop_ids=(), max_response_tokens=num_tokens)
-        seconds = {}
         with self._inference():
-            for num_sequences in timed_sequences(min(num_responses, self.config.max_sequences)):
-                requests = [Request(i, 0, (0, 0)) for i in range(num_sequences)]
-                for num_positions in timed_positions(self.config.max_positions):
-                    generation = Generation(self, requests, policy, endless)
-                    for group in generation.scheduler.groups:
-                        generation.admit(group)
-                    seconds[num_sequences, num_positions] = _time_rounds(generation, num_positions)
-        shared = [DraftCosts.of_rounds(seconds)]
-        dist.broadcast_object_list(shared, src=0)
-        return shared[0]
+            return time_rounds(self, policy, spec, num_sequences)
 
     def make_page_table(
         self, requests: Sequence[Request], max_response_tokens: int, *, with_teacher: bool
@@ -194,24 +172,3 @@ class RolloutEngine:
             self.page_tokens,
             self.layout.device,
         )
-
-
-def _time_rounds(generation: Generation, num_positions: int) -> float:
-    """Seconds in which all groups go through a round, the least of a few; rank 0 says of how many.
-
-    The first one is often slow: libraries choose their kernels, and memory is new.
-    """
-    times: list[float] = []
-    is_going_on = True
-    while is_going_on:
-        started = time.perf_counter()
-        groups = generation.scheduler.groups
-        take_turns([generation.round(group, num_positions) for group in groups])
-        if generation.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-        is_short = len(times) < _LEAST_ROUNDS or sum(times) < _ENOUGH_SECONDS
-        shared = [is_short and len(times) < _MOST_ROUNDS]
-        dist.broadcast_object_list(shared, src=0)
-        (is_going_on,) = shared
-    return min(times)

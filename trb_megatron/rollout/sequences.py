@@ -65,6 +65,11 @@ class SequenceState:
     def __len__(self) -> int:
         return len(self.request.prompt_ids) + len(self.response_ids)
 
+    def forget_response(self) -> None:
+        """Start over behind the prompt, whose tokens stay in the cache."""
+        self.response_ids.clear()
+        self.num_cached = len(self) - 1
+
     def commit(
         self,
         drawn_ids: Sequence[int],

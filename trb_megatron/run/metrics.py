@@ -1,4 +1,4 @@
-"""The writers behind the log: metrics.jsonl, TensorBoard, W&B, the progress bar; and the timer.
+"""The writers behind the log: metrics.jsonl, TensorBoard, W&B, the progress bar; and the meters.
 
 Only rank 0 builds `MetricsLogger` and `Progress`; every rank may time its own phases.
 """
@@ -6,6 +6,7 @@ Only rank 0 builds `MetricsLogger` and `Progress`; every rank may time its own p
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -23,9 +24,6 @@ from tqdm import tqdm
 
 from trb_megatron.atomic_folder import write_file
 from trb_megatron.config.options import Config
-
-# Of Linux, see proc(5).
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class MetricsLogger:
@@ -225,35 +223,41 @@ class PhaseTimer:
 
 
 class PeakMemory:
-    """The most memory that this process uses in a step, and in the run, in units of 1e9 bytes.
+    """The most memory that this process used in each step, and in the whole run.
 
-    Of its GPU if there is one, else its resident memory. A system other than Linux cannot forget a
-    process's peak, so there a step's is that of all steps so far.
+    Of a GPU it is what PyTorch has allocated, on a CPU the process's resident memory, in units of
+    1e9 bytes. Only Linux can set a process's peak back (`/proc/PID/clear_refs`, proc(5)); elsewhere
+    a step's figure on a CPU is NaN.
     """
 
-    def __init__(self) -> None:
-        self._most = 0.0
+    _CLEAR = Path("/proc/self/clear_refs")
+    _STATUS = Path("/proc/self/status")
 
-    def start_step(self) -> None:
-        """Forget the peak; that of set-up and evaluations counts for the run alone."""
-        self._most = max(self._most, _peak_gb())
+    def __init__(self) -> None:
+        self._of_run = 0.0
+        self._can_start_over = torch.cuda.is_available() or os.access(self._CLEAR, os.W_OK)
+        self._start_step()
+
+    def finish_step(self) -> dict[str, float]:
+        """The peaks of the step, and of the run since the process began; start the next step."""
+        of_step = self._start_step()
+        return {"step": of_step if self._can_start_over else math.nan, "run": self._of_run}
+
+    def _start_step(self) -> float:
+        """Begin at the memory in use; return the peak before that."""
+        peak = self._read()
+        self._of_run = max(self._of_run, peak)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        elif os.access(_CLEAR_REFS, os.W_OK):
-            _CLEAR_REFS.write_text("5")  # resets the peak of the resident memory
+        elif self._can_start_over:
+            self._CLEAR.write_text("5")
+        return peak
 
-    def of_step_and_run(self) -> tuple[float, float]:
-        """The peaks since `start_step`, and of the run so far."""
-        of_step = _peak_gb()
-        self._most = max(self._most, of_step)
-        return of_step, self._most
-
-
-def _peak_gb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    if _STATUS.exists():
-        (line,) = (row for row in _STATUS.read_text().splitlines() if row.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    def _read(self) -> float:
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 1e9
+        if self._can_start_over:
+            (line,) = re.findall(r"VmHWM:\s*(\d+) kB", self._STATUS.read_text())
+            return int(line) * 1024 / 1e9
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

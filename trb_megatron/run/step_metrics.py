@@ -77,18 +77,16 @@ def average_step(sums: Sums, layout: ParallelLayout) -> dict[str, float]:
     return metrics
 
 
-def describe_cost(
-    seconds: Mapping[str, float], num_tokens: float, peaks_gb: tuple[float, float]
+def describe_costs(
+    seconds: Mapping[str, float], peaks_gb: Mapping[str, float], num_tokens: float
 ) -> dict[str, float]:
     """Times of the step's phases, what they make of its tokens on all replicas, and memory.
 
-    Args:
-        peaks_gb: most memory of the step and of the run (`metrics.PeakMemory`).
+    `seconds` are from `PhaseTimer`, `peaks_gb` from `PeakMemory`.
     """
-    of_step, of_run = peaks_gb
     return {
         **{f"time/{phase}": value for phase, value in seconds.items()},
         "perf/tokens_per_s": num_tokens / seconds["step"],
-        "perf/peak_memory_gb": of_step,
-        "perf/peak_memory_run_gb": of_run,
+        "perf/peak_memory_gb": peaks_gb["step"],
+        "perf/peak_memory_run_gb": peaks_gb["run"],
     }
