@@ -195,7 +195,7 @@ def _describe(config: JobConfig, evaluator: Evaluator) -> Iterator[str]:
     elif data.system_prompt is None:
         yield "prompts: in the student's chat template, without a system prompt of ours"
     else:
-        yield f"prompts: in the student's chat template, system prompt {data.system_prompt!r}"
+        yield f"prompts: in the student's chat template, system prompt '{data.system_prompt}'"
     samples = evaluation.samples
     yield (
         f"responses: {samples} per problem, temperature {evaluation.temperature:g}, at most "
