@@ -37,7 +37,8 @@ A configuration is one YAML file, such as
 [`launch/configs/qwen3_1.7b_from_8b.yaml`](../launch/configs/qwen3_1.7b_from_8b.yaml), plus
 `section.key=value` overrides on the command line. Overrides are applied in order, and their
 values have YAML syntax: `data.system_prompt=null`, `evaluation.pass_at=[1,4]`. Only `run.dir`,
-`student.path`, `data.path` and, for distillation, `teacher.path` have no default.
+`student.path`, `data.path` and, for distillation, `teacher.path` have no default. An
+[evaluation](evaluation.md#of-a-checkpoint) needs `student.path` and `evaluation.sets` alone.
 
 - YAML is plain YAML 1.2 without tags: `yes`, dates and `0x1F` are text, `010` is ten.
 - An unknown key, a wrong value or an impossible combination is refused at the start, with the key

@@ -531,6 +531,27 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_prompts.py::test_answers_are_in_all_rows_or_in_none",),
     ),
     Mutant(
+        name="training-asked-of-an-evaluation",
+        claim="an evaluation needs a model and problems alone",
+        old="if isinstance(config, Config) and config.is_distilling:",
+        new="if config.training.task == 'distill':",
+        tests=("test_config.py::test_job_that_does_not_train_needs_less",),
+    ),
+    Mutant(
+        name="overrides-of-an-evaluation-lost",
+        claim="an evaluation needs a model and problems alone",
+        old="for word in words if is_override(word)] + options.overrides",
+        new="for word in words if is_override(word)]",
+        tests=("test_evaluate.py::test_command_evaluates_as_training_does",),
+    ),
+    Mutant(
+        name="samples-of-a-problem-all-called-the-first",
+        claim="an evaluation needs a model and problems alone",
+        old='"sample": self.sample,',
+        new='"sample": 0,',
+        tests=("test_evaluate.py::test_command_needs_a_model_and_problems_alone",),
+    ),
+    Mutant(
         name="system-prompt-put-before-the-messages-own",
         claim="messages bring their own system prompt",
         old='if system_prompt is not None and messages[0]["role"] != "system":',

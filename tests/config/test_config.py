@@ -1,5 +1,6 @@
 """The configuration: reading, overriding, refusing, writing back."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,13 @@ import yaml
 
 from trb_megatron.config.conflicts import check_world_size, config_warnings
 from trb_megatron.config.options import Config, ParallelConfig
-from trb_megatron.config.reading import load_config, parse_config, save_config
+from trb_megatron.config.reading import (
+    is_override,
+    load_config,
+    load_job_config,
+    parse_config,
+    save_config,
+)
 from trb_megatron.config.resume import fingerprint_difference
 from trb_megatron.config.values import ConfigError
 from trb_megatron.run.commit import git_commit
@@ -96,6 +103,39 @@ def test_unknown_key_is_named_with_the_nearest_one(
         load_config(minimal, [override])
     assert f"{unknown}: unknown key; did you mean {nearest}" in str(error.value)
     assert str(minimal) in str(error.value)
+
+
+def test_job_that_does_not_train_needs_less(tmp_path: Path) -> None:
+    config = load_job_config(None, ["student.path=models/student", "evaluation.temperature=0"])
+    assert config.student.path == Path("models/student")
+    assert (config.run.seed, config.data.max_prompt_tokens) == (0, 1024)
+    assert load_job_config(None, ["student.path=s", "behavior.warmup_steps=0"])  # of training alone
+    for overrides, message in (
+        ([], "options and overrides:\n  student: required"),
+        (["student.path=s", "data.promt_column=x"], "did you mean data.prompt_column"),
+        (["student.path=s", "evaluation.pass_at=[2]"], "evaluation.pass_at: pass@2 needs"),
+        (["student.path=s", "data={}", "run={dir: 3}"], "run.dir: expected a path"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_job_config(None, overrides)
+
+
+def test_training_names_all_that_it_needs(minimal: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(minimal, ["run={}", "data={}", "student=null"])
+    for key in ("run.dir: required", "data.path: required", "student: required"):
+        assert key in str(error.value)
+    with pytest.raises(ConfigError, match=r"run\.dir: expected a path"):
+        load_config(minimal, ["run.dir=null"])
+
+
+@pytest.mark.parametrize(
+    ("word", "is_one"),
+    [("a.b=c", True), ("a.b=", True), ("=c", False), ("runs/lr=3/config.yaml", False), ("a", False),
+     ("evaluation.sets.a.path=x/y=z.jsonl", True)],
+)  # fmt: skip
+def test_overrides_are_told_from_files(word: str, is_one: bool) -> None:
+    assert is_override(word) == is_one
 
 
 def test_every_mistake_is_named_at_once(minimal: Path) -> None:

@@ -3,13 +3,17 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.layouts import write_inputs
+from tests.tiny import make_checkpoint, make_prompts, make_tokenizer
+from trb_megatron.evaluate import main
 from trb_megatron.evaluation.evaluator import EvaluationResult, pass_at_k
 
 
@@ -34,10 +38,13 @@ def test_result_reads_as_a_line_and_as_metrics() -> None:
     }
 
 
-def _run(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def _run(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    """A command of the package, by torchrun where there are ranks."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
-        [*launcher, f"--nproc-per-node={ranks}", "-m", *arguments],
+        [*launcher, "-m", *arguments],
         capture_output=True,
         text=True,
         timeout=240,
@@ -52,7 +59,7 @@ def test_command_evaluates_the_same_at_two_layouts(tmp_path: Path) -> None:
         "evaluation.samples=2",
         "evaluation.pass_at=[1, 2]",
     )
-    one = _run("trb_megatron.evaluate", config, *options)
+    one = _run("trb_megatron.evaluate", config, *options, ranks=1)
     assert one.returncode == 0, one.stderr
     two = _run("trb_megatron.evaluate", config, *options, ranks=2)
     assert two.returncode == 0, two.stderr
@@ -62,8 +69,138 @@ def test_command_evaluates_the_same_at_two_layouts(tmp_path: Path) -> None:
     assert 0 < results["eval/sums/response_length"] <= 16
 
 
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_command_needs_a_model_and_problems_alone(tmp_path: Path) -> None:
+    student = make_checkpoint(tmp_path / "student")
+    files = [tmp_path / name / "test.jsonl" for name in ("easy", "hard")]
+    for file, count in zip(files, (3, 5), strict=True):
+        file.parent.mkdir()
+        make_prompts(file, count)
+    output = tmp_path / "responses.jsonl"
+    options = ["--student", str(student), "--output", str(output), "--problems", *map(str, files)]
+    overrides = ["evaluation.samples=2", "evaluation.sets.hard-test.limit=4"]
+    done = _run("trb_megatron.evaluate", *options, *overrides)
+    assert done.returncode == 0, done.stderr
+
+    rows = read_rows(output)
+    assert [(row["set"], row["problem"], row["sample"]) for row in rows] == [
+        (name, problem, sample)
+        for name, count in (("easy-test", 3), ("hard-test", 4))
+        for problem in range(count)
+        for sample in range(2)
+    ]
+    for row in rows:
+        assert row["gold"] == str(3 * row["problem"])
+        assert row["prompt"].startswith("<|im_start|>system\n?lease reason step by step, ")
+        assert row["prompt"].endswith(
+            f"\n{row['problem']}+{2 * row['problem']}=?<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert row["length"] >= 1 and row["stopped"] in (True, False)
+        assert row["timed_out"] is False
+    metrics = json.loads(done.stdout)
+    for name in ("easy-test", "hard-test"):
+        of_set = [row for row in rows if row["set"] == name]
+        mean_length = sum(row["length"] for row in of_set) / len(of_set)
+        assert metrics[f"eval/{name}/pass@1"] == sum(r["verdict"] for r in of_set) / len(of_set)
+        assert metrics[f"eval/{name}/response_length"] == pytest.approx(mean_length)
+
+    longest = max(len(make_tokenizer()(row["prompt"])["input_ids"]) for row in rows)
+    for said in (
+        f"easy-test: 3 problems from {files[0]}",
+        "prompts: in the student's chat template, system prompt 'Please reason step by step",
+        f"responses: 2 per problem, temperature 1, at most {128 - longest} tokens, bf16, seed 0",
+        "problem 7/7 | hard-test | ",
+        "tokens/s | 00:00 left",
+        f"hard-test: 8 responses written to {output}",
+    ):
+        assert said in done.stderr
+    assert max(row["length"] for row in rows) == 128 - longest
+
+
+def test_command_evaluates_as_training_does(tmp_path: Path) -> None:
+    config = str(write_inputs(tmp_path))
+    overrides = ["evaluation.sets.sums.path=" + str(tmp_path / "prompts.jsonl")]
+    overrides += ["evaluation.max_response_tokens=40", "training.steps=1"]
+    trained = _run("trb_megatron.train", config, *overrides, "evaluation.at_start=true")
+    assert trained.returncode == 0, trained.stderr
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    expected = {name: value for name, value in row.items() if name.startswith("eval/")}
+    assert len(expected) == 3
+
+    with_teacher = _run("trb_megatron.evaluate", config, *overrides, ranks=2)
+    assert json.loads(with_teacher.stdout) == expected
+    shutil.rmtree(tmp_path / "teacher")
+    (tmp_path / "prompts.jsonl").rename(tmp_path / "sums.jsonl")
+    options = ["--student", str(tmp_path / "student"), "--problems", str(tmp_path / "sums.jsonl")]
+    settings = [
+        "data.system_prompt=null",
+        "data.max_prompt_tokens=48",
+        "training.precision=fp32",
+        "evaluation.max_response_tokens=40",
+    ]
+    without = _run("trb_megatron.evaluate", *settings, *options)
+    assert json.loads(without.stdout) == expected
+    assert (
+        "prompts: in the student's chat template, without a system prompt of ours" in without.stderr
+    )
+
+
+PROBLEMS = ("--problems", "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "which model? name its folder by --student DIR"),
+        (PROBLEMS, "which model? name its folder by --student DIR"),
+        (
+            ("--student", "s"),
+            "evaluation.sets is empty: name a file of problems by --problems FILE",
+        ),
+        (("--student", "s", *PROBLEMS, "evaluation.tempreature=0"), "did you mean evaluation.temp"),
+        (("evaluation.samples=0", "--student", "s", *PROBLEMS), "evaluation.samples: "),
+        (
+            ("--student", "s", *PROBLEMS, "data.apply_chat_template=false"),
+            "data.system_prompt=null",
+        ),
+        (("nowhere.yaml", "--student", "s", *PROBLEMS), "nowhere.yaml: cannot be read"),
+        (
+            ("--student", "s", "--problems", "a/t.jsonl", "b/t.jsonl", "c/a/t.json"),
+            "a/t.jsonl and c/a/t.json would both be called a-t; name them by evaluation.sets.NAME",
+        ),
+    ],
+)
+def test_mistakes_in_a_command_are_named(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+    assert "Traceback" not in error
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    options = ["--student", "nowhere", *PROBLEMS, "--output"]
+    done = _run("trb_megatron.evaluate", *options, str(tmp_path / "no" / "responses.jsonl"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --output ") and "cannot be written to" in done.stderr
+
+
+def test_problem_without_room_for_a_response_is_refused(tmp_path: Path) -> None:
+    student = make_checkpoint(tmp_path / "student", max_positions=20)
+    problems = make_prompts(tmp_path / "sums.jsonl")
+    done = _run("trb_megatron.evaluate", "--student", str(student), "--problems", str(problems))
+    assert done.returncode == 2
+    assert "error: data.max_prompt_tokens: the longest problem has " in done.stderr
+
+
 def test_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    result = _run("trb_megatron.evaluate", str(write_inputs(tmp_path)))
+    result = _run("trb_megatron.evaluate", str(write_inputs(tmp_path)), ranks=1)
     assert result.returncode != 0
     assert "error: evaluation.sets is empty" in result.stderr
     assert "Traceback" not in result.stderr.split("error: ")[0]

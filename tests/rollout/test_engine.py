@@ -98,6 +98,11 @@ def _run(folder: Path) -> dict[str, Any]:
         bench.tokens(bench.engine(cache_gb=2e-5))
     except ValueError as error:
         found["too small"] = str(error)
+    for num_tokens in (10**4, 10**10):  # 6.4 MB, and more than any host has free
+        try:
+            engine.check_cache(num_tokens, with_teacher=True, what="a test")
+        except ValueError as error:
+            found["too large", num_tokens] = str(error)
     found["timed"] = _timed_rounds(bench)
     found["peak memory"] = _peaks_of_ten_thousand(bench)
     checking = mock.patch("trb_megatron.behavior.policies.sample_softmax", _checking)
@@ -298,6 +303,11 @@ def test_rounds_are_timed_at_the_sequences_and_lengths_of_a_step(results: dict[s
     assert all(seconds > 0 for row in costs.seconds for seconds in row)
     assert results["timed"]["tokens"] == results["plain"]
     assert 1 < results["timed"]["fitting"][-1] < 8  # a cache without room for eight
+
+
+def test_a_cache_too_large_for_the_host_is_refused(results: dict[str, Any]) -> None:
+    assert ("too large", 10**4) not in results
+    assert "(10000000000 tokens, a test, and 4 for drafts)" in results["too large", 10**10]
 
 
 def test_ten_thousand_rollouts_do_not_grow(results: dict[str, Any]) -> None:

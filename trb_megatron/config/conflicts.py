@@ -2,15 +2,24 @@
 
 from collections.abc import Iterator
 
-from trb_megatron.config.options import BehaviorConfig, Config, ParallelConfig, TrainingConfig
+from trb_megatron.config.options import (
+    BehaviorConfig,
+    Config,
+    JobConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from trb_megatron.config.values import ConfigError
 
 
-def find_conflicts(config: Config) -> Iterator[str]:
-    """Say what cannot be combined, one line each: the key, why, and what to set instead."""
-    if config.is_distilling:
+def find_conflicts(config: JobConfig) -> Iterator[str]:
+    """Say what cannot be combined, one line each: the key, why, and what to set instead.
+
+    What concerns training alone is no conflict of another job.
+    """
+    if isinstance(config, Config) and config.is_distilling:
         yield from _find_distillation_conflicts(config)
-    else:
+    elif isinstance(config, Config):
         yield from _find_supervised_conflicts(config)
     yield from _find_general_conflicts(config)
 
@@ -68,7 +77,7 @@ def _find_supervised_conflicts(config: Config) -> Iterator[str]:
         )
 
 
-def _find_general_conflicts(config: Config) -> Iterator[str]:
+def _find_general_conflicts(config: JobConfig) -> Iterator[str]:
     parallel, data, loss, evaluation = config.parallel, config.data, config.loss, config.evaluation
     optimizer, training = config.optimizer, config.training
     if optimizer.lr * optimizer.weight_decay >= 1:

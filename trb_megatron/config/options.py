@@ -39,14 +39,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class RunConfig(Section):
+class JobRunConfig(Section):
+    """Where a run lives and which random numbers it draws."""
+
+    dir: ConfigPath | None = None
+    """Used for training alone."""
+    seed: Annotated[int, between(0, 2**63 - 1)] = 0
+    """Seed of the prompt order and of every token that is sampled."""
+
+
+class RunConfig(JobRunConfig):
     """Where a run lives and which random numbers it draws."""
 
     dir: ConfigPath
     """Folder of the run: configuration, metrics, checkpoints, export. A run that is started again
     with the same folder resumes from its newest checkpoint."""
-    seed: Annotated[int, between(0, 2**63 - 1)] = 0
-    """Seed of the prompt order and of every token that is sampled."""
 
 
 class ModelConfig(Section):
@@ -85,11 +92,11 @@ AUTO_ANSWER_COLUMN = "answer"
 """The column in which `data.answer_column: auto` looks for answers."""
 
 
-class DataConfig(Section):
-    """The training prompts."""
+class JobDataConfig(Section):
+    """The training prompts, and how all prompts become tokens."""
 
-    path: ConfigPath
-    """File of prompts, or folder of parquet files, or Hugging Face dataset folder."""
+    path: ConfigPath | None = None
+    """Used for training alone."""
     format: Literal["auto", "jsonl", "parquet", "hf"] = "auto"
     """Format of `data.path`; `auto` tells it by the name of a file and the content of a folder."""
     prompt_column: Name = "prompt"
@@ -108,6 +115,13 @@ class DataConfig(Section):
     """Longest prompt in tokens, chat template included. Longer ones are dropped and counted."""
     shuffle: Flag = True
     """Visit the prompts in a new random order in each epoch; `false`: in the order of the file."""
+
+
+class DataConfig(JobDataConfig):
+    """The training prompts, and how all prompts become tokens."""
+
+    path: ConfigPath
+    """File of prompts, or folder of parquet files, or Hugging Face dataset folder."""
 
 
 class TrainingConfig(Section):
@@ -169,8 +183,8 @@ class RolloutConfig(Section):
     """Tokens of one page of the key/value cache; `auto`: 64, or the 256 that flash-attention 2
     needs."""
     cache_gb: Annotated[float, between(1e-9, 1e6)] | None = None
-    """GB (10^9 bytes) of each rank for the key/value caches of both models; `null`: on a GPU up to
-    80 % of what is free, on a CPU as much as all slots can ever need."""
+    """GB (10^9 bytes) of each rank for the key/value caches of both models; `null`: as much as all
+    slots can ever need, but at most 80 % of what is free."""
     max_prefill_tokens: Count = 16384
     """Prompt tokens of one forward pass when sequences enter the cache."""
     cuda_graphs: Flag = True
@@ -277,6 +291,10 @@ class EvaluationSet(Section):
     """Use only the first so many problems; `null`: all."""
 
 
+AUTO_EVALUATION_TOKENS = 8192
+"""The most that `evaluation.max_response_tokens: auto` chooses."""
+
+
 class EvaluationConfig(Section):
     """When and how the student's answers are graded."""
 
@@ -296,8 +314,9 @@ class EvaluationConfig(Section):
     """Values of k for which pass@k is reported, each at most `samples`."""
     temperature: TemperatureOrGreedy = 1.0
     """Temperature of the student; 0: greedy."""
-    max_response_tokens: Count = 8192
-    """Tokens after which a response is cut off."""
+    max_response_tokens: Annotated[Literal["auto"] | int, auto_or_between(1, 2**31 - 1)] = "auto"
+    """Tokens after which a response is cut off; `auto`: 8192, or what the student's positions leave
+    behind the longest problem."""
 
 
 class RewardsConfig(Section):
@@ -318,10 +337,10 @@ class LoggingConfig(Section):
     """Weights & Biases project that gets the metrics; `null`: none."""
 
 
-class Config(Section):
-    """The whole configuration of a run."""
+class JobConfig(Section):
+    """The configuration of a job that runs a student: an evaluation, or training (`Config`)."""
 
-    run: RunConfig
+    run: JobRunConfig = JobRunConfig()
     """Where the run lives."""
     student: ModelConfig
     """The model that is trained."""
@@ -329,7 +348,7 @@ class Config(Section):
     """The model that teaches; `null` only with `training.task=supervised`."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of both models over the ranks."""
-    data: DataConfig
+    data: JobDataConfig = JobDataConfig()
     """The prompts."""
     training: TrainingConfig = TrainingConfig()
     """Steps, precision and memory."""
@@ -349,6 +368,15 @@ class Config(Section):
     """Grading processes."""
     logging: LoggingConfig = LoggingConfig()
     """TensorBoard and Weights & Biases."""
+
+
+class Config(JobConfig):
+    """The whole configuration of a training run, which no other job needs so much of."""
+
+    run: RunConfig
+    """Where the run lives."""
+    data: DataConfig
+    """The prompts."""
 
     @property
     def is_distilling(self) -> bool:

@@ -6,16 +6,17 @@ the resolved configuration into the run folder.
 
 import argparse
 import difflib
+import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from trb_megatron.atomic_folder import write_file
 from trb_megatron.config.conflicts import find_conflicts
-from trb_megatron.config.options import Config
+from trb_megatron.config.options import Config, JobConfig
 from trb_megatron.config.plain_yaml import BrokenYAML, dump_yaml, parse_yaml
 from trb_megatron.config.values import ConfigError
 
@@ -26,21 +27,37 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Override values have YAML syntax. Raises ConfigError naming the file and the line of broken
     YAML, or every unknown key, wrong value and impossible combination.
     """
-    values = _read_yaml(Path(path))
-    for override in overrides or []:
-        _apply_override(values, override)
-    return parse_config(values, source=f"{path} and overrides" if overrides else str(path))
+    return parse_config(*_read_values(path, overrides or []))
 
 
-def command_line(description: str | None) -> argparse.ArgumentParser:
+def load_job_config(path: str | Path | None, overrides: list[str]) -> JobConfig:
+    """Read the configuration of a job that does not train, as `load_config` does; None: no file.
+
+    What training alone needs may be missing.
+    """
+    return _parse(JobConfig, *_read_values(path, overrides))
+
+
+def is_override(word: str) -> bool:
+    """Whether an argument of a command is an override; else it may name a file."""
+    return re.match(r"[^/=]+=", word) is not None
+
+
+def command_line(description: str | None, *, needs_config: bool = True) -> argparse.ArgumentParser:
     """A command's arguments: `config` and `overrides`, as `load_config` takes them.
 
-    Options may stand anywhere between them: parse with `parse_intermixed_args`.
+    Options may stand anywhere between them: parse with `parse_intermixed_args`. A command that
+    needs no configuration file may find the first override in `config`.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG.yaml",
+        nargs=None if needs_config else "?",
+        help="the configuration" if needs_config else "a configuration, such as that of a run",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -55,10 +72,17 @@ def parse_config(values: dict[str, Any], source: str = "configuration") -> Confi
 
     Raises ConfigError with one line for each unknown key, wrong value or impossible combination.
     """
+    return _parse(Config, values, source)
+
+
+_AnyConfig = TypeVar("_AnyConfig", bound=JobConfig)
+
+
+def _parse(kind: type[_AnyConfig], values: dict[str, Any], source: str) -> _AnyConfig:
     # A section whose keys are all commented out reads as null: it has its defaults.
     present = {name: section for name, section in values.items() if section is not None}
     try:
-        config = Config.model_validate(present)
+        config = kind.model_validate(present)
     except ValidationError as error:
         details = error.errors(include_url=False)
         lines = [_describe(detail) for detail in details[:_MAX_LINES]]
@@ -76,6 +100,16 @@ def save_config(config: Config, path: str | Path) -> None:
     The file is complete or absent: it is written beside its place and renamed.
     """
     write_file(Path(path), dump_yaml(config.model_dump(mode="json")))
+
+
+def _read_values(path: str | Path | None, overrides: list[str]) -> tuple[dict[str, Any], str]:
+    """The values of a file and overrides, unchecked, and what to call them in errors."""
+    values = {} if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(values, override)
+    if path is None:
+        return values, "options and overrides"
+    return values, f"{path} and overrides" if overrides else str(path)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

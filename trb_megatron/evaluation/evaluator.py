@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from trb_megatron.batch import Rollout
 from trb_megatron.behavior.policies import StudentPolicy
-from trb_megatron.config.options import Config
+from trb_megatron.config.options import AUTO_EVALUATION_TOKENS, JobConfig
+from trb_megatron.config.values import ConfigError
 from trb_megatron.distributed.layout import ParallelLayout, gather_from_leaders
-from trb_megatron.evaluation.rewards import RewardWorkers
+from trb_megatron.evaluation.rewards import Grade, RewardWorkers
 from trb_megatron.job.nonfinite import NonFiniteError, find_in_rollouts
 from trb_megatron.models.sources import ModelSources
 from trb_megatron.prompts.records import Columns
-from trb_megatron.prompts.source import PromptSet, PromptSource, load_prompts
+from trb_megatron.prompts.source import Prompt, PromptSet, PromptSource, load_prompts
 from trb_megatron.rollout.engine import RolloutEngine
+from trb_megatron.rollout.generation import Watch
 from trb_megatron.rollout.sequences import Request, ResponseSpec
 
 EVALUATION_STEP = -1
@@ -64,7 +68,43 @@ class EvaluationResult:
         return {f"eval/{name}/{key}": value for key, value in values.items()}
 
 
-def load_problem_sets(config: Config, tokenizer: PreTrainedTokenizerFast) -> dict[str, PromptSet]:
+@dataclass(frozen=True)
+class GradedResponse:
+    """A response to a problem.
+
+    Attributes:
+        prompt: the problem, whose `index` is its row in the file.
+        sample: number of the response among those to the problem, from 0.
+        text: without special tokens.
+    """
+
+    prompt: Prompt
+    sample: int
+    text: str
+    rollout: Rollout
+    grade: Grade
+
+    def as_row(self, set_name: str, sources: ModelSources) -> dict[str, Any]:
+        """Plain values for a file of responses."""
+        answers = self.prompt.answer or ()
+        return {
+            "set": set_name,
+            "problem": self.prompt.index,
+            "sample": self.sample,
+            "prompt": str(sources.tokenizer.decode(list(self.prompt.token_ids))),
+            "response": self.text,
+            "extracted_answer": self.grade.extracted,
+            "gold": answers[0] if len(answers) == 1 else list(answers),
+            "verdict": self.grade.is_right,
+            "timed_out": self.grade.timed_out,
+            "length": len(self.rollout.response_ids),
+            "stopped": self.rollout.stopped,
+        }
+
+
+def load_problem_sets(
+    config: JobConfig, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, PromptSet]:
     """The problems of every set by its name.
 
     Raises:
@@ -95,12 +135,13 @@ class Evaluator:
         rewards: grading processes on the leader of each replica, None on other ranks.
 
     Raises:
-        ConfigError: a cache that cannot hold one problem and its response.
+        ConfigError: a problem that leaves a response no room in the student's positions, or a cache
+            that cannot hold one problem and its response.
     """
 
     def __init__(
         self,
-        config: Config,
+        config: JobConfig,
         sources: ModelSources,
         problem_sets: dict[str, PromptSet],
         engine: RolloutEngine,
@@ -113,11 +154,12 @@ class Evaluator:
         self.engine = engine
         self.rewards = rewards
         self.layout = layout
+        self.max_response_tokens = self._choose_response_length()
         if problem_sets:
             engine.check_cache(
-                config.data.max_prompt_tokens + self.config.max_response_tokens,
+                self._longest_problem + self.max_response_tokens,
                 with_teacher=False,
-                what="data.max_prompt_tokens + evaluation.max_response_tokens",
+                what="the longest problem and evaluation.max_response_tokens",
             )
         self.policy = StudentPolicy(
             temperature=self.config.temperature,
@@ -126,18 +168,44 @@ class Evaluator:
             tp_group=layout.tp_group,
         )
         self.spec = ResponseSpec(
-            max_response_tokens=self.config.max_response_tokens,
+            max_response_tokens=self.max_response_tokens,
             stop_ids=sources.stop_ids,
             seed=config.run.seed,
             step=EVALUATION_STEP,
         )
 
+    @property
+    def _longest_problem(self) -> int:
+        """Tokens of the longest problem of all sets."""
+        prompts = (p for problems in self.problem_sets.values() for p in problems.prompts)
+        return max((len(prompt.token_ids) for prompt in prompts), default=0)
+
+    def _choose_response_length(self) -> int:
+        """`evaluation.max_response_tokens`, or as many as it stands for as `auto`."""
+        if self.config.max_response_tokens != "auto":
+            return self.config.max_response_tokens
+        student = self.sources.student
+        room = student.max_positions - self._longest_problem
+        if room < 1:
+            raise ConfigError(
+                f"data.max_prompt_tokens: the longest problem has {self._longest_problem} tokens, "
+                f"which leaves no room for a response in the {student.max_positions} positions "
+                f"(max_position_embeddings) of {student.path}; lower it to leave such problems out"
+            )
+        return min(AUTO_EVALUATION_TOKENS, room)
+
     def evaluate(self) -> dict[str, EvaluationResult]:
         """Evaluate the student as it is now on every set. Collective over all ranks."""
-        return {name: self._evaluate_set(problems) for name, problems in self.problem_sets.items()}
+        return {name: self.evaluate_set(name)[0] for name in self.problem_sets}
 
-    def _evaluate_set(self, problems: PromptSet) -> EvaluationResult:
-        """Each replica answers its share; its leader grades; every rank gets the averages."""
+    def evaluate_set(
+        self, name: str, watch: Watch | None = None
+    ) -> tuple[EvaluationResult, list[GradedResponse]]:
+        """Averages over a set, on every rank, and this replica's responses, on its leader alone.
+
+        Collective over all ranks; `watch` follows the responses of this replica.
+        """
+        problems = self.problem_sets[name]
         num_samples = self.config.samples
         requests = [
             Request(number, sample, prompt.token_ids)
@@ -145,24 +213,19 @@ class Evaluator:
             for sample in range(num_samples)
         ]
         share = requests[self.layout.dp_rank :: self.layout.dp_size]
-        rollouts = self.engine.generate(share, self.policy, self.spec)
+        rollouts = self.engine.generate(share, self.policy, self.spec, watch)
         if found := find_in_rollouts(rollouts):
             raise NonFiniteError(f"evaluation: {found}")
-        graded: list[tuple[int, float, int, bool]] = []
-        if self.rewards is not None:
-            scores = self.rewards.score(
-                [self.sources.decode(rollout.response_ids) for rollout in rollouts],
-                [problems.prompts[rollout.prompt_index].answer or () for rollout in rollouts],
-            )
-            graded = [
-                (rollout.prompt_index, score, len(rollout.response_ids), rollout.stopped)
-                for rollout, score in zip(rollouts, scores, strict=True)
-            ]
+        responses = self._grade(problems, rollouts)
+        graded = [
+            (r.rollout.prompt_index, r.grade.reward, len(r.rollout.response_ids), r.rollout.stopped)
+            for r in responses
+        ]
         graded = [row for rows in gather_from_leaders(graded, self.layout) for row in rows]
         num_correct = [0] * len(problems.prompts)
         for problem, score, _, _ in graded:
             num_correct[problem] += int(score)
-        return EvaluationResult(
+        result = EvaluationResult(
             pass_at={
                 k: _mean([pass_at_k(num_samples, correct, k) for correct in num_correct])
                 for k in self.config.pass_at
@@ -172,6 +235,19 @@ class Evaluator:
             num_problems=len(num_correct),
             num_samples=num_samples,
         )
+        return result, responses
+
+    def _grade(self, problems: PromptSet, rollouts: Sequence[Rollout]) -> list[GradedResponse]:
+        """The rollouts with their grades, on the leader of each replica."""
+        if self.rewards is None:
+            return []
+        prompts = [problems.prompts[rollout.prompt_index] for rollout in rollouts]
+        texts = [self.sources.decode(rollout.response_ids) for rollout in rollouts]
+        grades = self.rewards.grade(texts, [prompt.answer or () for prompt in prompts])
+        return [
+            GradedResponse(prompt, rollout.rollout_index, text, rollout, grade)
+            for prompt, rollout, text, grade in zip(prompts, rollouts, texts, grades, strict=True)
+        ]
 
 
 def _mean(values: Sequence[float]) -> float:

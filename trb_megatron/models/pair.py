@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trb_megatron.config.options import Config
+from trb_megatron.config.options import JobConfig
 from trb_megatron.config.values import FP8Recipe
 from trb_megatron.distributed.layout import ParallelLayout
 from trb_megatron.huggingface.config import HFModelConfig
@@ -27,7 +27,7 @@ class Models:
     def load(
         cls,
         sources: ModelSources,
-        config: Config,
+        config: JobConfig,
         layout: ParallelLayout,
         *,
         say: Callable[[str], None] = lambda line: None,

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from trb_megatron.behavior.stop_alignment import StopAlignment
-from trb_megatron.config.options import Config
+from trb_megatron.config.options import JobConfig
 from trb_megatron.huggingface.config import (
     HFModelConfig,
     check_layout,
@@ -49,7 +49,7 @@ class ModelSources:
     alignment: StopAlignment
 
     @classmethod
-    def read(cls, config: Config, *, with_teacher: bool) -> ModelSources:
+    def read(cls, config: JobConfig, *, with_teacher: bool) -> ModelSources:
         """Read the folders' configurations, tokenizers and stop ids.
 
         Raises:
@@ -103,12 +103,15 @@ class ModelSources:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def _check_lengths(config: Config, student: HFModelConfig, teacher: HFModelConfig | None) -> None:
+def _check_lengths(
+    config: JobConfig, student: HFModelConfig, teacher: HFModelConfig | None
+) -> None:
     """Refuse sequences that are longer than the positions of a model that reads them."""
     uses: list[tuple[str, int, list[HFModelConfig]]] = []
     if teacher is not None:
         uses.append(("rollout", config.rollout.max_response_tokens, [student, teacher]))
-    if config.evaluation.sets:
+    # What is chosen by itself is chosen to fit, when the problems are known.
+    if config.evaluation.sets and config.evaluation.max_response_tokens != "auto":
         uses.append(("evaluation", config.evaluation.max_response_tokens, [student]))
     for section, max_response_tokens, models in uses:
         num_tokens = config.data.max_prompt_tokens + max_response_tokens
@@ -121,7 +124,7 @@ def _check_lengths(config: Config, student: HFModelConfig, teacher: HFModelConfi
                 )
 
 
-def _align(config: Config, teacher_path: Path | None, size: int) -> StopAlignment:
+def _align(config: JobConfig, teacher_path: Path | None, size: int) -> StopAlignment:
     """The stop events of both models, `rollout.stop_ids` overriding both."""
     student_ids = config.rollout.stop_ids or stop_ids(config.student.path)
     teacher_ids = student_ids

@@ -5,10 +5,12 @@ The engine asks here for its pool, and the plan for the sizes that it announces.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -48,7 +50,7 @@ def cache_limit(config: RolloutConfig, free_bytes: int | None, other_bytes: int)
     """The most bytes that the caches of a rank may take; None: as many as all slots need.
 
     Args:
-        free_bytes: free memory of a GPU, None on a CPU.
+        free_bytes: free memory of a GPU, or a rank's share of a host's; None where it is unknown.
         other_bytes: of these, what the rest of the rollouts needs.
     """
     if config.cache_gb is not None:
@@ -103,11 +105,12 @@ class CacheSize:
             )
         return num_pages
 
-    def _free_bytes(self, models: Sequence[HiddenStateGPTModel]) -> int | None:
-        """Memory that this process can still allocate on its GPU; None on a CPU."""
+    def _free_bytes(self, models: Sequence[HiddenStateGPTModel]) -> int:
+        """Memory that this process can still allocate: on its GPU, or its share of the host's."""
         device = self.layout.device
         if device.type != "cuda":
-            return None
+            num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            return psutil.virtual_memory().available // num_ranks
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         # The first passes make the copies, when the cache is there already.

@@ -38,7 +38,7 @@ from trb_megatron.models.kv_cache import PageTable
 from trb_megatron.models.layers import flash_attention_version
 from trb_megatron.rollout.cache_size import CacheSize, page_tokens
 from trb_megatron.rollout.drafting import DraftCosts
-from trb_megatron.rollout.generation import Generation, GenerationCounts
+from trb_megatron.rollout.generation import Generation, GenerationCounts, Watch
 from trb_megatron.rollout.sequences import Request, ResponseSpec
 from trb_megatron.rollout.timing import time_rounds
 
@@ -93,9 +93,13 @@ class RolloutEngine:
         return self.config.cuda_graphs and can_record
 
     def generate(
-        self, requests: Sequence[Request], policy: Policy, spec: ResponseSpec
+        self,
+        requests: Sequence[Request],
+        policy: Policy,
+        spec: ResponseSpec,
+        watch: Watch | None = None,
     ) -> list[Rollout]:
-        """Answer every request, in the order given.
+        """Answer every request, in the order given; `watch` is told after each round.
 
         Collective over the model replica. The result depends on the policy, the requests' indices
         and the key in `spec`, not on drafts, slots, memory, order or layout (except where rounding
@@ -111,7 +115,7 @@ class RolloutEngine:
         generation = Generation(self, requests, policy, spec)
         scheduler = generation.scheduler
         with self._inference():
-            take_turns([generation.serve(group) for group in scheduler.groups])
+            take_turns([generation.serve(group, watch) for group in scheduler.groups])
         self.counts = generation.counts
         return generation.recorder.collect(scheduler.sequences)
 

@@ -6,7 +6,7 @@ vocabulary shard, H hidden size of the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,9 @@ from trb_megatron.uniforms import position_keys, rollout_key
 
 if TYPE_CHECKING:
     from trb_megatron.rollout.engine import RolloutEngine
+
+Watch = Callable[[int, int], None]
+"""Is told how many sequences of a model replica are finished, and how many tokens it has drawn."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,13 @@ class Generation:
             self._num_teacher_calls, self._num_prefilled_tokens, self.scheduler.num_preemptions
         )
 
-    def serve(self, group: SlotGroup) -> Iterator[None]:
+    def serve(self, group: SlotGroup, watch: Watch | None = None) -> Iterator[None]:
         """Admit and run rounds until nothing is left for this group of slots."""
         while not self.scheduler.is_done(group):
             self.admit(group)
             yield from self.round(group, self._choose_num_positions(group))
+            if watch is not None:
+                watch(self.scheduler.num_finished, self.num_scanned)
 
     def _choose_num_positions(self, group: SlotGroup) -> int:
         """Positions of the group's next round: no more than the longest response may still get."""

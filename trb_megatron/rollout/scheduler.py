@@ -79,6 +79,7 @@ class Scheduler:
         self.page_table = page_table
         self.groups = [SlotGroup(-(-page_table.num_slots // num_groups)) for _ in range(num_groups)]
         self.num_preemptions = 0
+        self.num_finished = 0
         self._free_slots = list(range(page_table.num_slots))
         self._num_started = 0
         self._preempted: deque[SequenceState] = deque()
@@ -139,6 +140,7 @@ class Scheduler:
             prompt = self._prompts[sequence.request.prompt_ids]
             prompt.longest_response = max(prompt.longest_response, len(sequence.response_ids))
             if sequence.finished:
+                self.num_finished += 1
                 self._leave(sequence)
             else:
                 self.page_table.truncate(sequence.slot, sequence.num_cached)
