@@ -22,6 +22,7 @@ import torch
 from checkpoints_tools.command import num_bytes, run
 from checkpoints_tools.megatron_to_hf import find_source
 from trb_megatron.checkpoint.megatron_tensors import HF_FOLDER, open_megatron_checkpoint
+from trb_megatron.checkpoint.safe_loading import INDEX_FILE
 from trb_megatron.huggingface.config import HFModelConfig, read_hf_config
 from trb_megatron.huggingface.kinds import Shape
 from trb_megatron.huggingface.tensors import HFTensors
@@ -53,7 +54,7 @@ def inspect(options: argparse.Namespace) -> None:
         ValueError, OSError, RuntimeError: the checkpoint cannot be used.
     """
     folder = find_source(options.source, options.step)
-    is_hf = (folder / "config.json").is_file()
+    is_hf = not ((folder / HF_FOLDER).is_dir() or (folder / INDEX_FILE).is_file())
     hf_folder = folder if is_hf else folder / HF_FOLDER
     tensors = (
         _hf_tensors(folder) if is_hf else _megatron_tensors(folder, check=not options.headers_only)

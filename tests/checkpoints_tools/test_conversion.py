@@ -211,7 +211,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
             [file.unlink() for file in folder.glob("*.safetensors*")],
             (folder / "pytorch_model.bin").write_bytes(b"pickle"),
         ),
-        "pytorch_model.bin is a pickle",
+        "the weights are pickles (pytorch_model.bin)",
     ),
     "tokenizer too large": (
         lambda folder: _edit_config(folder, vocab_size=40),

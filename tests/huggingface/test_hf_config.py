@@ -54,6 +54,7 @@ def test_unsupported_config_is_refused(
 
 
 def test_missing_and_broken_config_are_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").touch()
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
         read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text("{")

@@ -118,6 +118,7 @@ def test_tokenizer_that_cannot_be_loaded_is_named(
 ) -> None:
     with pytest.raises(ValueError, match="nowhere: no such model folder"):
         load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
     broken = write_tokenizer(tmp_path / "broken")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trb_megatron.huggingface.families import FAMILIES, has_parameter
+from trb_megatron.huggingface.formats import refuse_other_formats
 from trb_megatron.huggingface.kinds import ModelShape
 from trb_megatron.huggingface.tensors import CheckpointError, read_json
 
@@ -81,10 +82,12 @@ def read_hf_config(path: Path) -> HFModelConfig:
     """Read the `config.json` of an HF checkpoint folder.
 
     Raises:
-        CheckpointError: missing or broken file, an unsupported architecture (the supported ones are
-            listed), or a feature that the model would need and that is not built (some kinds of
-            rope scaling, sliding windows, another activation, quantisation).
+        CheckpointError: weights in another format than safetensors, a missing or broken file, an
+            unsupported architecture (the supported ones are listed), or a feature that the model
+            would need and that is not built (some kinds of rope scaling, sliding windows, another
+            activation, quantisation).
     """
+    refuse_other_formats(path)
     file = path / "config.json"
     raw = read_json(file)
     family = raw.get("model_type")

@@ -25,7 +25,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
-    *("*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
+    *("*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz", "*.ckpt"),
 )
 CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
@@ -79,14 +79,7 @@ class HFTensors:
         elif (path / SINGLE_FILE).is_file():
             weight_map = None
         else:
-            pickled = sorted(p.name for p in path.glob("*.bin")) if path.is_dir() else []
-            hint = (
-                f"; {pickled[0]} is a pickle, which could run code and is never loaded. Convert it "
-                "where you trust it: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-                if pickled
-                else ""
-            )
-            raise CheckpointError(f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE} found{hint}")
+            raise CheckpointError(f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE} found")
         for name in (weight_map or {}).values():
             check_file_name(name, path / INDEX_FILE)
         files = {SINGLE_FILE} if weight_map is None else set(weight_map.values())

@@ -7,16 +7,17 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from trb_megatron.huggingface.formats import refuse_other_formats
 from trb_megatron.huggingface.tensors import read_json
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a model folder; nothing is downloaded and no code of it runs.
 
-    Raises ValueError naming the folder when there is none that can be loaded.
+    Raises ValueError naming the folder when there is none that can be loaded, or when its weights
+    have another format than safetensors: their folder often has no tokenizer, either.
     """
-    if not Path(path).is_dir():
-        raise ValueError(f"{path}: no such model folder")
+    refuse_other_formats(Path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
