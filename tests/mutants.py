@@ -590,9 +590,16 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="greedy-tokens-compared-one-place-late",
         claim="trb-verify-conversion counts the greedy tokens that agree",
-        old="chosen = ours_TV[-num_new - 1 : -1].argmax(-1).tolist()",
-        new="chosen = ours_TV[-num_new:].argmax(-1).tolist()",
+        old="chosen_T = ours_TV[before].argmax(-1)",
+        new="chosen_T = ours_TV[-text.num_new :].argmax(-1)",
         tests=("test_verify_conversion.py::test_comparison_of_known_logits",),
+    ),
+    Mutant(
+        name="half-precision-excuses-everything",
+        claim="trb-verify-conversion counts the greedy tokens that agree",
+        old="and self.errors.rms <= self.limits.rms",
+        new="",
+        tests=("test_verify_conversion.py::test_what_rounding_explains_holds",),
     ),
     Mutant(
         name="strict-inverted",

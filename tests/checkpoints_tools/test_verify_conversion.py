@@ -1,6 +1,7 @@
 """verify_conversion says that a right conversion holds and that a wrong one does not."""
 
 import json
+import math
 from pathlib import Path
 from unittest import mock
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import hf_to_megatron, verify_conversion
+from checkpoints_tools.verify_conversion import Comparison, Continued, Errors
 from tests.families import make_family_checkpoint
 from tests.ranks import run_distributed
 from trb_megatron.config.options import ParallelConfig
@@ -66,6 +68,13 @@ def statuses(source: Path) -> dict[str, list[int]]:
         "megatron": (*common, "--megatron", str(source.parent / "megatron")),
         "prompts": (*common, "--prompts", str(prompts)),
         "wrong": (*common, "--megatron", str(source.parent / "wrong")),
+        "bf16": (*common, "--precision", "bf16"),
+        "wrong in bf16": (
+            *(*common, "--precision", "bf16"),
+            *("--megatron", str(source.parent / "wrong")),
+        ),
+        "limit of bf16": (*common, "--max-error-ratio", "3"),
+        "limit of fp32": (*common, "--precision", "bf16", "--max-logit-difference", "3"),
         "too long": (*common[:-1], "60"),
         "negative": (*common[:-1], "-1"),
     }
@@ -76,8 +85,9 @@ def statuses(source: Path) -> dict[str, list[int]]:
 @pytest.mark.parametrize(
     ("case", "status"),
     [
-        *[("hf", 0), ("megatron", 0), ("prompts", 0)],
-        *[("wrong", 1), ("too long", 2), ("negative", 2)],
+        *[("hf", 0), ("megatron", 0), ("prompts", 0), ("wrong", 1), ("too long", 2)],
+        *[("negative", 2), ("bf16", 0), ("wrong in bf16", 1)],
+        *[("limit of bf16", 2), ("limit of fp32", 2)],
     ],
 )
 def test_exit_status(statuses: dict[str, list[int]], case: str, status: int) -> None:
@@ -88,9 +98,15 @@ def test_figures_are_written(statuses: dict[str, list[int]], source: Path) -> No
     figures = json.loads((source.parent / "hf.json").read_text())
     assert figures["holds"] and figures["tensor_parallel"] == figures["pipeline_parallel"] == 2
     for prompt in figures["prompts"]:
-        assert prompt["greedy_agreement"] == 4
-        assert 0 <= prompt["mean_difference"] <= prompt["max_difference"] < 1e-4
+        assert prompt["greedy_agreement"] == prompt["num_decided"] == 4
+        assert 0 <= prompt["errors"]["rms"] <= prompt["errors"]["max"] < 1e-4
         assert len(prompt["kl"]) == prompt["num_tokens"]
+
+
+def compare(ours_TV: torch.Tensor, expected_TV: torch.Tensor, rounding: float) -> Comparison:
+    """Of two tokens of a prompt and two new ones."""
+    text = Continued("p", [1, 1, 0, 0], 2)
+    return verify_conversion.compare(text, ours_TV, expected_TV, Errors(rounding, rounding), 2.0)
 
 
 def test_comparison_of_known_logits() -> None:
@@ -98,8 +114,26 @@ def test_comparison_of_known_logits() -> None:
     expected_TV = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
     ours_TV = expected_TV.clone()
     ours_TV[2, 1] += 3.0
-    result = verify_conversion.compare("p", [1, 1, 0, 0], 2, ours_TV, expected_TV)
-    assert (result.greedy_agreement, result.max_difference) == (1, 3.0)
-    assert result.mean_difference == pytest.approx(3 / 8)
+    result = compare(ours_TV, expected_TV, 0.5)
+    assert (result.num_decided, result.greedy_agreement) == (2, 1)
+    assert result.errors == Errors(3.0, pytest.approx((9 / 8) ** 0.5))
+    assert result.limits == Errors(1.0, 1.0)
     p, q = torch.tensor([2.0, 0.0]).softmax(-1), torch.tensor([2.0, 3.0]).softmax(-1)
     assert result.kl == pytest.approx([0, 0, float((p * (p / q).log()).sum()), 0], abs=1e-6)
+
+
+def test_what_rounding_explains_holds() -> None:
+    expected_TV = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
+    ours_TV = expected_TV.clone()
+    ours_TV[1, 1] += 1.5  # another choice, where the margin is 1
+    result = compare(ours_TV, expected_TV, 0.99)
+    assert (result.num_decided, result.greedy_agreement, result.holds) == (2, 1, False)
+    result = compare(ours_TV, expected_TV, 1.0)
+    assert (result.num_decided, result.greedy_agreement, result.holds) == (1, 1, True)
+    assert not compare(ours_TV, expected_TV, 0.7).holds
+    assert not compare(torch.full_like(expected_TV, math.nan), expected_TV, 9.0).holds
+    few = torch.full_like(expected_TV, 1.5) + expected_TV
+    small = verify_conversion.compare(
+        Continued("p", [1, 1, 0, 0], 2), few, expected_TV, Errors(1.0, 0.5), 2.0
+    )
+    assert small.errors.max <= small.limits.max and not small.holds

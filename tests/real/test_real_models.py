@@ -117,7 +117,7 @@ def test_logits_equal_transformers(
         assert difference_TV.max() < LIMIT
 
 
-@pytest.mark.parametrize("precision", ["fp32"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_verification_holds(laptop_model: Path, tmp_path: Path, precision: str) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The capital of France is\n12 + 30 = \n")
