@@ -130,6 +130,7 @@ def test_command_needs_a_model_and_problems_alone(tmp_path: Path) -> None:
         f"hard-test: 6 problems from {files[1]}, 1 longer than 40 tokens count as wrong",
         "easy-test: in the student's chat template, system prompt 'Please reason step by step",
         "hard-test: in the student's chat template, without a system prompt of ours",
+        "% (6 problems x 2, 1 of them too long and wrong, ",
         f"responses: 2 per problem, temperature 1, at most {128 - longest} tokens, bf16, seed 0",
         f"hard-test: 12 responses written to {output}",
     ):
