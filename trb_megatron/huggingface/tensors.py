@@ -104,6 +104,11 @@ class HFTensors:
             raise CheckpointError(f"{file}: truncated or corrupt ({error})") from error
 
     @property
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted by name."""
+        return [self.path / name for name in self._handles]
+
+    @property
     def names(self) -> set[str]:
         return set(self._file_of)
 
