@@ -113,8 +113,8 @@ def _refuse_other_models(config: HFModelConfig, unknown: Collection[str]) -> Non
     if layers and max(layers) >= config.num_layers:
         raise CheckpointError(
             f"{config.path}: config.json has num_hidden_layers={config.num_layers}, but the "
-            f"weights have a layer {max(layers)} ({layers[max(layers)]}); correct config.json, or "
-            "make a folder of the layers that you mean by trb-drop-layers"
+            f"weights have a layer {max(layers)} ({layers[max(layers)]}); correct config.json; "
+            "then trb-drop-layers makes a model of fewer layers"
         )
     if adapter := [name for name in unknown if _ADAPTER.search(name)]:
         raise CheckpointError(
