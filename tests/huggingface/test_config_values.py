@@ -76,6 +76,7 @@ def folder(tmp_path: Path) -> Path:
         ({"layer_types": "full_attention"}, "layer_types is"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "reads a mistral model"),
         ({"hidden_act": ["silu"]}, 'hidden_act is ["silu"]; expected text'),
+        ({"pad_token_id": 64}, "pad_token_id=64 is not in the vocabulary of 64"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder is not supported"),
     ],
     ids=str,

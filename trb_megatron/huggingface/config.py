@@ -182,6 +182,10 @@ def _check_sizes(config: Any, head_dim: int, file: Path) -> None:
         ),
         f"head_dim={head_dim}, of hidden_size={config.hidden_size} and num_attention_heads={heads},"
         " is not even and positive, as rotary embeddings need": head_dim < 1 or head_dim % 2 != 0,
+        f"pad_token_id={config.pad_token_id} is not in the vocabulary of {config.vocab_size}": (
+            config.pad_token_id is not None
+            and not -config.vocab_size <= config.pad_token_id < config.vocab_size
+        ),
         "high_freq_factor must exceed low_freq_factor in the rope parameters": (
             rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]
         ),
