@@ -187,8 +187,8 @@ def _describe(config: JobConfig, evaluator: Evaluator) -> Iterator[str]:
     data, evaluation = config.data, evaluator.config
     for name, problems in evaluator.problem_sets.items():
         dropped = problems.num_dropped
-        yield f"{name}: {len(problems.prompts):,} problems from {evaluation.sets[name].path}" + (
-            f", {dropped:,} longer than {data.max_prompt_tokens} tokens left out" if dropped else ""
+        yield f"{name}: {problems.summary}" + (
+            f"; {dropped:,} longer than {data.max_prompt_tokens} tokens left out" if dropped else ""
         )
     if not data.apply_chat_template:
         yield "prompts: plain text (data.apply_chat_template=false)"
@@ -196,6 +196,7 @@ def _describe(config: JobConfig, evaluator: Evaluator) -> Iterator[str]:
         yield "prompts: in the student's chat template, without a system prompt of ours"
     else:
         yield f"prompts: in the student's chat template, system prompt '{data.system_prompt}'"
+    yield next(iter(evaluator.problem_sets.values())).describe_first()
     samples = evaluation.samples
     yield (
         f"responses: {samples} per problem, temperature {evaluation.temperature:g}, at most "

@@ -93,6 +93,8 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     plan = _plan(config, sources, layout)
     prompt_set = _read_prompts(config, sources)
     problem_sets = load_problem_sets(config, sources.tokenizer)
+    for name, problems in problem_sets.items():
+        say(f"problems {name}: {problems.summary}")
 
     models = Models.load(sources, config, layout, say=say)
     _check_counts(plan, models, layout)
@@ -174,6 +176,8 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
         PromptSource(
             path=data.path,
             format=data.format,
+            split=data.split,
+            default_split="train",
             columns=Columns(
                 data.prompt_column,
                 AUTO_ANSWER_COLUMN if finds_answers else data.answer_column,
@@ -182,14 +186,16 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
             needs_answers=not finds_answers,
             system_prompt=data.system_prompt,
             apply_chat_template=data.apply_chat_template,
+            chat_template_kwargs=data.chat_template_kwargs,
             max_prompt_tokens=data.max_prompt_tokens,
         ),
         sources.tokenizer,
     )
     say(
-        f"prompts: {len(prompt_set.prompts):,} from {data.path}, {prompt_set.num_dropped:,} longer "
-        f"than {data.max_prompt_tokens} tokens dropped"
+        f"prompts: {prompt_set.summary}; {prompt_set.num_dropped:,} dropped, longer than "
+        f"data.max_prompt_tokens={data.max_prompt_tokens}"
     )
+    say(prompt_set.describe_first())
     if config.is_distilling and prompt_set.prompts[0].answer is None:
         reason = (
             f"no prompt has an answer in the column {AUTO_ANSWER_COLUMN!r}; name another in "

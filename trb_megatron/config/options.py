@@ -22,6 +22,7 @@ from trb_megatron.config.values import (
     SetName,
     Temperature,
     TemperatureOrGreedy,
+    TemplateOption,
     auto_or_between,
     between,
     refuse_duplicates,
@@ -97,10 +98,13 @@ class JobDataConfig(Section):
 
     path: ConfigPath | None = None
     """Used for training alone."""
-    format: Literal["auto", "jsonl", "parquet", "hf"] = "auto"
+    format: Literal["auto", "jsonl", "csv", "parquet", "hf"] = "auto"
     """Format of `data.path`; `auto` tells it by the name of a file and the content of a folder."""
+    split: Name | None = None
+    """Split of a folder that has several; `null`: `train`."""
     prompt_column: Name = "prompt"
-    """Column of the prompts: text, or a list of chat messages."""
+    """Column of the prompts: text, or a list of chat messages. A dot leads into a column that holds
+    an object, as in `extra_info.answer`, here and in the next two."""
     answer_column: Name | None = "auto"
     """Column of the right answers, by which responses are rewarded; `auto`: `answer`, where the
     prompts have such a column; `null`: no rewards during training."""
@@ -111,6 +115,8 @@ class JobDataConfig(Section):
     apply_chat_template: Flag = True
     """Render prompts with the chat template of the student's tokenizer; `false`: prompts are plain
     text."""
+    chat_template_kwargs: dict[Name, TemplateOption] = {}
+    """Options of the chat template, such as `{enable_thinking: false}`."""
     max_prompt_tokens: Count = 1024
     """Longest prompt in tokens, chat template included. Longer ones are dropped and counted."""
     shuffle: Flag = True
@@ -121,7 +127,7 @@ class DataConfig(JobDataConfig):
     """The training prompts, and how all prompts become tokens."""
 
     path: ConfigPath
-    """File of prompts, or folder of parquet files, or Hugging Face dataset folder."""
+    """File of prompts, or folder of such files, or Hugging Face dataset folder."""
 
 
 class TrainingConfig(Section):
@@ -283,6 +289,8 @@ class EvaluationSet(Section):
 
     path: ConfigPath
     """File or folder of problems, in any format that `data.format=auto` reads."""
+    split: Name | None = None
+    """Split of a folder, needed where it has several."""
     prompt_column: Name = "prompt"
     """Column of the problems."""
     answer_column: Name = "answer"

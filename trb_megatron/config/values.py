@@ -71,6 +71,14 @@ Temperature = Annotated[float, between(0.01, 100)]
 TemperatureOrGreedy = Annotated[float, Field(strict=True), zero_or_between(0.01, 100)]
 Name = Annotated[str, Field(min_length=1)]
 ConfigPath = Annotated[Path, BeforeValidator(_check_path), AfterValidator(Path.expanduser)]
+# What a template is given stays as YAML reads it: true is no 1.
+TemplateOption = (
+    Annotated[bool, Field(strict=True)]
+    | Annotated[int, Field(strict=True)]
+    | Annotated[float, Field(strict=True, allow_inf_nan=False)]
+    | Annotated[str, Field(strict=True)]
+    | None
+)
 # A set's name becomes part of metric names and of override keys.
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 

@@ -115,10 +115,12 @@ def load_problem_sets(
             PromptSource(
                 path=problems.path,
                 format="auto",
+                split=problems.split,
                 columns=Columns(problems.prompt_column, problems.answer_column, None),
                 section=f"evaluation.sets.{name}",
                 system_prompt=config.data.system_prompt,
                 apply_chat_template=config.data.apply_chat_template,
+                chat_template_kwargs=config.data.chat_template_kwargs,
                 max_prompt_tokens=config.data.max_prompt_tokens,
                 limit=problems.limit,
             ),
