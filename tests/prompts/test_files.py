@@ -33,11 +33,7 @@ FOLDERS: tuple[tuple[str, str | None, str], ...] = (
     ("a.jsonl README.md LICENSE .hidden.jsonl .cache/b.jsonl __x/c.jsonl", None, "a.jsonl"),
     ("a.jsonl dataset_info.json state.json.bak config.json", None, "a.jsonl"),
     ("train.jsonl test.csv", None, "train.jsonl"),
-    (
-        "train.jsonl train.csv",
-        None,
-        r"!\.jsonl, \.csv\).* same rows; .*data.path, or set data.form",
-    ),
+    ("train.jsonl train.csv", None, r"!\.csv, \.jsonl\).* the same rows; .* or set data\.format"),
     ("a.jsonl a.jsonl.gz", None, r"!files of several kinds \(\.jsonl, \.jsonl\.gz\)"),
     ("train/test.jsonl train/b.jsonl", None, "train/b.jsonl train/test.jsonl"),
     (
@@ -99,7 +95,7 @@ def test_random_folders_are_those_of_the_datasets_library(tmp_path: Path) -> Non
     random_ = random.Random(0)
     words = ["train", "training", "test", "eval", "dev", "val", "valid", "math", "latest", "part"]
     num_read = 0
-    for number in range(60):
+    for number in range(50):
         folder = tmp_path / str(number)
         for _ in range(random_.randint(1, 5)):
             depth = random_.choice((0, 0, 1, 2))
@@ -118,7 +114,7 @@ def test_random_folders_are_those_of_the_datasets_library(tmp_path: Path) -> Non
                 # It lists a file twice that two of its patterns match.
                 assert set(map(str, found)) == set(map(str, names)), split
                 num_read += 1
-    assert num_read > 60
+    assert num_read > 45
 
 
 # ---------------------------------------------------------------- what a folder says itself
