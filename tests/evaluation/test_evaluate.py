@@ -109,7 +109,8 @@ def test_command_needs_a_model_and_problems_alone(tmp_path: Path) -> None:
 
     longest = max(len(make_tokenizer()(row["prompt"])["input_ids"]) for row in rows)
     for said in (
-        f"easy-test: 3 rows of {files[0]}, columns PLACE",
+        f"easy-test: 3 rows of {files[0]}, columns prompt, answer",
+        "first prompt, 91 tokens: '<|im_start|>system\\n?lease reason",
         "prompts: in the student's chat template, system prompt 'Please reason step by step",
         f"responses: 2 per problem, temperature 1, at most {128 - longest} tokens, bf16, seed 0",
         "problem 7/7 | hard-test | ",

@@ -118,7 +118,8 @@ IN_FIRST_USER = (
 )
 SWITCH = (
     "{% for m in messages %}[{{ m.content | replace('/no_think', '') }}]{% endfor %}"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "<think></think>{% endif %}"
 )
 
 
@@ -191,6 +192,6 @@ def test_options_of_a_template(tmp_path: Path, with_template: Make) -> None:
 
     assert read() == read(enable_thinking=True) == "[19+23]"
     assert read(enable_thinking=False) == "[19+23]<think></think>"
-    for name in ("enable_thinkin", "thinking", "x"):
-        with pytest.raises(ValueError, match=rf"data\.chat_template_kwargs\.{name}: .* never read"):
+    for name in ("enable_thinkin", "thinking", "x", "messages", "add_generation_prompt"):
+        with pytest.raises(ValueError, match=rf"data\.chat_template_kwargs\.{name}: is no option"):
             read(**{name: False})

@@ -1,5 +1,6 @@
 """The kinds of values that options have, and the error for a configuration that cannot run."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,14 @@ def _check_path(value: Any) -> Any:
         raise ValueError("an empty path; name a file or folder")  # Path("") would be the cwd
     if re.search("[\0\ud800-\udfff]", str(value)):
         raise ValueError("no file can have this name")
+    return value
+
+
+def _check_scalar(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str | None):
+        raise ValueError("expected text, a number, true, false or null")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("expected a finite number")
     return value
 
 
@@ -71,14 +80,7 @@ Temperature = Annotated[float, between(0.01, 100)]
 TemperatureOrGreedy = Annotated[float, Field(strict=True), zero_or_between(0.01, 100)]
 Name = Annotated[str, Field(min_length=1)]
 ConfigPath = Annotated[Path, BeforeValidator(_check_path), AfterValidator(Path.expanduser)]
-# What a template is given stays as YAML reads it: true is no 1.
-TemplateOption = (
-    Annotated[bool, Field(strict=True)]
-    | Annotated[int, Field(strict=True)]
-    | Annotated[float, Field(strict=True, allow_inf_nan=False)]
-    | Annotated[str, Field(strict=True)]
-    | None
-)
+TemplateOption = Annotated[bool | int | float | str | None, BeforeValidator(_check_scalar)]
 # A set's name becomes part of metric names and of override keys.
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 

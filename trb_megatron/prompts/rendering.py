@@ -1,5 +1,6 @@
 """The text of a prompt: inside a chat template, or as it is."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -37,12 +38,12 @@ class ChatTemplate:
                 "apply_chat_template=false and system_prompt=null for plain text prompts"
             )
         template = tokenizer.get_chat_template()
+        taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
         for name in options:
-            if not re.search(rf"\b{re.escape(name)}\b", template):
+            if name in taken or not re.search(rf"\b{re.escape(name)}\b", template):
                 raise ValueError(
-                    f"data.chat_template_kwargs.{name}: the chat template of "
-                    f"{tokenizer.name_or_path} never reads {name!r}; correct its name or leave it "
-                    "out"
+                    f"data.chat_template_kwargs.{name}: is no option of the chat template of "
+                    f"{tokenizer.name_or_path}; correct its name or leave it out"
                 )
 
     def render(self, record: Record) -> str:
