@@ -27,7 +27,8 @@ from trb_megatron.checkpoint.training import (
     load_checkpoint,
 )
 from trb_megatron.config.conflicts import config_warnings
-from trb_megatron.config.options import AUTO_ANSWER_COLUMN, Config
+from trb_megatron.config.data_options import AUTO_ANSWER_COLUMN
+from trb_megatron.config.options import Config
 from trb_megatron.config.reading import parse_config
 from trb_megatron.config.values import ConfigError
 from trb_megatron.distributed.layout import ParallelLayout, is_rank_zero, say
@@ -94,7 +95,7 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     prompt_set = _read_prompts(config, sources)
     problem_sets = load_problem_sets(config, sources.tokenizer)
     for name, problems in problem_sets.items():
-        say(f"problems {name}: {problems.summary}")
+        say(f"problems {name}: {problems.summary}; {len(problems.too_long):,} too long")
 
     models = Models.load(sources, config, layout, say=say)
     _check_counts(plan, models, layout)
@@ -192,7 +193,7 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
         sources.tokenizer,
     )
     say(
-        f"prompts: {prompt_set.summary}; {prompt_set.num_dropped:,} dropped, longer than "
+        f"prompts: {prompt_set.summary}; {len(prompt_set.too_long):,} dropped, longer than "
         f"data.max_prompt_tokens={data.max_prompt_tokens}"
     )
     say(prompt_set.describe_first())

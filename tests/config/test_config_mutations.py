@@ -208,10 +208,15 @@ OPTIONS: dict[str, Options] = {
     "checkpoint.keep": whole(1),
     "checkpoint.export_hf": flag(),
     "evaluation.sets.math.path": path(),
+    "evaluation.sets.math.format": choice(
+        "auto", "jsonl", good=("auto", "jsonl", "csv", "parquet", "hf")
+    ),
     "evaluation.sets.math.split": text(null=True),
     "evaluation.sets.math.prompt_column": text(),
     "evaluation.sets.math.answer_column": text(),
     "evaluation.sets.math.limit": whole(1, null=True),
+    "evaluation.sets.math.max_prompt_tokens": whole_or_auto(1, 2**31 - 1),
+    "evaluation.sets.math.system_prompt": text(null=True, empty=True),
     "evaluation.every": whole(1),
     "evaluation.at_start": flag(),
     "evaluation.at_end": flag(),
@@ -323,6 +328,14 @@ CONFLICTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("data.chat_template_kwargs", "data.apply_chat_template=true"),
     ),
     ("distill", ("data.apply_chat_template=false", "data.system_prompt=null"), ()),
+    (
+        "distill",
+        (
+            *("data.apply_chat_template=false", "data.system_prompt=null"),
+            *("evaluation.sets.math.path=x", "evaluation.sets.math.system_prompt=y"),
+        ),
+        ("evaluation.sets.math.system_prompt=null",),
+    ),
     ("distill", ("optimizer.lr=1", "optimizer.weight_decay=1"), ("optimizer.weight_decay",)),
     ("distill", ("optimizer.weight_decay=1e300",), ("optimizer.weight_decay", "optimizer.lr")),
     ("distill", ("evaluation.pass_at=[1, 8]",), ("evaluation.pass_at", "evaluation.samples")),

@@ -1,16 +1,22 @@
-"""The kinds of values that options have, and the error for a configuration that cannot run."""
+"""What options are made of: sections, the kinds of values, and the error for what cannot run."""
 
 import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the keys and the fix."""
+
+
+class Section(BaseModel):
+    """A group of options: unknown keys are refused, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def _check_path(value: Any) -> Any:

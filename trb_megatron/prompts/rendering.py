@@ -16,6 +16,7 @@ class ChatTemplate:
     """A tokenizer's chat template with its options.
 
     Args:
+        section: of the configuration that names the system prompt, for errors.
         system_prompt: opens a conversation that brings no system message of its own; None: nothing.
         options: variables of the template, such as `enable_thinking`.
 
@@ -26,10 +27,12 @@ class ChatTemplate:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
+        section: str,
         system_prompt: str | None,
         options: Mapping[str, Any],
     ) -> None:
         self._tokenizer = tokenizer
+        self._no_system_prompt = f"set {section}.system_prompt=null"
         self._system_prompt = system_prompt
         self._options = options
         if not tokenizer.chat_template:
@@ -62,13 +65,13 @@ class ChatTemplate:
         if failure is not None:
             hint = ""
             if messages is not own and self._apply(own)[1] is None:
-                hint = "; it takes no system message: set data.system_prompt=null"
+                hint = f"; it takes no system message: {self._no_system_prompt}"
             raise ValueError(f"{record.location}: the chat template fails: {failure}{hint}")
         if (left_out := self._find_left_out(messages, text)) is not None:
             role = messages[left_out]["role"]
             fix = "give the row another role or leave it out"
             if messages is not own and left_out == 0:
-                fix = "set data.system_prompt=null, and write the instruction into the prompts"
+                fix = f"{self._no_system_prompt}, and write the instruction into the prompts"
             raise ValueError(
                 f"{record.location}: the chat template leaves out the message of the {role} "
                 f"({messages[left_out]['content'][:40]!r}); {fix}"

@@ -44,7 +44,7 @@ class PromptSet:
     """
 
     prompts: tuple[Prompt, ...]
-    num_dropped: int
+    too_long: tuple[Prompt, ...]
     fingerprint: str
     summary: str = field(compare=False)
     first_text: str = field(compare=False)
@@ -74,7 +74,7 @@ class PromptSource:
         apply_chat_template: render the tokenizer's template around the prompt, which may then be a
             list of messages; without, a prompt is plain text and must be a string.
         chat_template_kwargs: options of the template.
-        max_prompt_tokens: longer prompts are dropped and counted.
+        max_prompt_tokens: longer prompts are set apart.
         limit: the first so many rows; None: all.
     """
 
@@ -110,7 +110,7 @@ class PromptSource:
 
 
 def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> PromptSet:
-    """Read and tokenize a source, dropping prompts that are too long.
+    """Read and tokenize a source, setting prompts apart that are too long.
 
     A prompt is a string or a list of chat messages. An answer is a string, a number or a list of
     acceptable ones; of a solution in GSM8K's form only what follows `####` counts. A value that is
@@ -121,29 +121,29 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
     """
     template = None
     if source.apply_chat_template:
-        template = ChatTemplate(tokenizer, source.system_prompt, source.chat_template_kwargs)
+        template = ChatTemplate(
+            tokenizer, source.section, source.system_prompt, source.chat_template_kwargs
+        )
     files = find_files(
         source.path, source.format, source.section, source.split, source.default_split
     )
-    num_rows = 0
     has_answers = False
     prompts: list[Prompt] = []
+    too_long: list[Prompt] = []
     for batch in _batched(_read_records(source, files), _TOKENIZER_BATCH):
-        num_rows += len(batch)
         has_answers = has_answers or batch[0].answer is not None
         for prompt in _tokenize(batch, tokenizer, template):
-            if len(prompt.token_ids) <= source.max_prompt_tokens:
-                prompts.append(prompt)
-    num_dropped = num_rows - len(prompts)
+            fits = len(prompt.token_ids) <= source.max_prompt_tokens
+            (prompts if fits else too_long).append(prompt)
     if not prompts:
-        reason = f"all {num_dropped} are longer than max_prompt_tokens={source.max_prompt_tokens}"
-        raise ValueError(f"{source.path}: no prompts: {reason if num_dropped else 'it is empty'}")
+        longer = f"all {len(too_long)} are longer than max_prompt_tokens={source.max_prompt_tokens}"
+        raise ValueError(f"{source.path}: no prompts: {longer if too_long else 'it is empty'}")
     read = list(source.columns if has_answers else source.columns._replace(answer=None))
     return PromptSet(
         prompts=tuple(prompts),
-        num_dropped=num_dropped,
+        too_long=tuple(too_long),
         fingerprint=_fingerprint(prompts),
-        summary=f"{num_rows:,} rows of {_describe_files(source, files)}, "
+        summary=f"{len(prompts) + len(too_long):,} rows of {_describe_files(source, files)}, "
         f"columns {', '.join(column for column in read if column is not None)}",
         first_text=str(tokenizer.decode(list(prompts[0].token_ids))),
     )
