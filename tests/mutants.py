@@ -526,8 +526,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="all-splits-of-a-folder-read-as-one",
         claim="a folder of prompts is read as `datasets.load_dataset` reads it",
-        old="        if any(splits.values()):",
-        new="        if False:",
+        old="if any(splits.values()):",
+        new="if not any(splits.values()):",
         tests=("test_files.py::test_folder_is_read_as_load_dataset_would",),
     ),
     Mutant(
@@ -561,9 +561,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="nan-is-an-answer",
         claim="text of any compression and format means the same",
-        old="if isinstance(value, float) and not math.isfinite(value):",
-        new="if isinstance(value, float) and math.isinf(value) and value < 0:",
-        tests=("test_contents.py::test_what_is_no_number",),
+        old='not math.isfinite(value):\n        raise ValueError(\n            f"{location} holds',
+        new='math.isinf(value):\n        raise ValueError(\n            f"{location} holds',
+        tests=("test_contents.py::test_what_is_no_number_is_no_answer",),
     ),
     Mutant(
         name="class-label-left-a-number",
@@ -575,8 +575,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="column-with-a-dot-in-its-name-passed-over",
         claim="text of any compression and format means the same",
-        old="    if name in row:\n        return row[name]",
-        new='    if name in row and "." not in name:\n        return row[name]',
+        old="if name in row:\n        return row[name]",
+        new='if name in row and "." not in name:\n        return row[name]',
         tests=("test_contents.py::test_nested_columns_are_named_with_dots",),
     ),
     Mutant(
@@ -605,7 +605,7 @@ MUTANTS: tuple[Mutant, ...] = (
         claim="a conversation that ends with its solution is refused",
         old="sum(other.count(content) for other in contents)",
         new="1",
-        tests=("test_conversations.py::test_template_that_leaves_out_our_instruction",),
+        tests=("test_conversations.py::test_template_that_leaves_out_our_instruction_is_refused",),
     ),
     Mutant(
         name="options-of-the-template-not-passed-on",

@@ -30,6 +30,7 @@ FOLDERS: tuple[tuple[str, str | None, str], ...] = (
     ("train.jsonl test.jsonl", "dev", "!has no split dev, but train, test; .*data.split"),
     ("a.jsonl b.jsonl", None, "a.jsonl b.jsonl"),
     ("latest.jsonl contest.jsonl", None, "contest.jsonl latest.jsonl"),
+    ("trainer.jsonl tested.jsonl", None, "tested.jsonl trainer.jsonl"),
     ("a.jsonl README.md LICENSE .hidden.jsonl .cache/b.jsonl __x/c.jsonl", None, "a.jsonl"),
     ("a.jsonl dataset_info.json state.json.bak config.json", None, "a.jsonl"),
     ("train.jsonl test.csv", None, "train.jsonl"),
@@ -93,7 +94,18 @@ def test_other_files_are_refused_with_what_can_be_read(tmp_path: Path, name: str
 def test_random_folders_are_those_of_the_datasets_library(tmp_path: Path) -> None:
     """Every split has the files that `load_dataset` gives it, or the folder is refused."""
     random_ = random.Random(0)
-    words = ["train", "training", "test", "eval", "dev", "val", "valid", "math", "latest", "part"]
+    words = [
+        "train",
+        "training",
+        "test",
+        "eval",
+        "dev",
+        "val",
+        "valid",
+        "latest",
+        "trainer",
+        "part",
+    ]
     num_read = 0
     for number in range(50):
         folder = tmp_path / str(number)
