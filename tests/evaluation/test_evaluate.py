@@ -134,6 +134,7 @@ def test_command_needs_a_model_and_problems_alone(tmp_path: Path) -> None:
         "hard-test: in the student's chat template, without a system prompt of ours",
         f"easy-test: first prompt, {lengths[0]} tokens: '<|im_start|>system\\n?lease reason step",
         "\\n0+0=?<|im_end|>\\n<|im_start|>assistant\\n'\n",
+        "% (6 problems x 2, 1 of them too long and wrong, ",
         f"responses: 2 per problem, temperature 1, at most {128 - longest} tokens, bf16, seed 0",
         f"hard-test: 12 responses written to {output}",
     ):
