@@ -714,11 +714,11 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_verify_conversion.py::test_what_rounding_explains_holds",),
     ),
     Mutant(
-        name="strict-inverted",
-        claim="trb-hf-to-megatron --strict refuses tensors that the model has no use for",
-        old="if strict:",
-        new="if not strict:",
-        tests=("test_conversion.py::test_extra_tensors_are_left_out_or_refused",),
+        name="unknown-tensors-left-out",
+        claim="weights give the logits of transformers, or are refused",
+        old="_refuse_missing(tensors, expected)\n    _refuse_unknown(config, unknown)",
+        new="_refuse_missing(tensors, expected)",
+        tests=("test_conversion.py::test_tensors_that_the_model_lacks_are_refused",),
     ),
 )
 
