@@ -27,7 +27,8 @@ from trb_megatron.checkpoint.training import (
     load_checkpoint,
 )
 from trb_megatron.config.conflicts import config_warnings
-from trb_megatron.config.options import AUTO_ANSWER_COLUMN, Config
+from trb_megatron.config.data_options import AUTO_ANSWER_COLUMN
+from trb_megatron.config.options import Config
 from trb_megatron.config.reading import parse_config
 from trb_megatron.distributed.layout import ParallelLayout, is_rank_zero, say
 from trb_megatron.evaluation.evaluator import Evaluator, load_problem_sets
@@ -96,6 +97,8 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     plan = _plan(config, sources, layout)
     prompt_set = _read_prompts(config, sources)
     problem_sets = load_problem_sets(config, sources.tokenizer)
+    for name, problems in problem_sets.items():
+        say(f"problems {name}: {problems.summary}; {len(problems.too_long):,} too long")
     _check_tokenizers(sources, prompt_set)
 
     models = Models.load(sources, config, layout, say=say)
@@ -179,6 +182,8 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
         PromptSource(
             path=data.path,
             format=data.format,
+            split=data.split,
+            default_split="train",
             columns=Columns(
                 data.prompt_column,
                 AUTO_ANSWER_COLUMN if finds_answers else data.answer_column,
@@ -187,14 +192,16 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
             needs_answers=not finds_answers,
             system_prompt=data.system_prompt,
             apply_chat_template=data.apply_chat_template,
+            chat_template_kwargs=data.chat_template_kwargs,
             max_prompt_tokens=data.max_prompt_tokens,
         ),
         sources.tokenizer,
     )
     say(
-        f"prompts: {len(prompt_set.prompts):,} from {data.path}, {len(prompt_set.too_long):,} "
-        f"longer than {data.max_prompt_tokens} tokens dropped"
+        f"prompts: {prompt_set.summary}; {len(prompt_set.too_long):,} dropped, longer than "
+        f"data.max_prompt_tokens={data.max_prompt_tokens}"
     )
+    say(prompt_set.describe_first())
     if config.is_distilling and prompt_set.prompts[0].answer is None:
         reason = (
             f"no prompt has an answer in the column {AUTO_ANSWER_COLUMN!r}; name another in "

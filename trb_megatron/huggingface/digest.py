@@ -20,21 +20,19 @@ def file_stamps(tensors: HFTensors) -> list[list[str | int]]:
 
 def digest_share(tensors: HFTensors, rank: int, num_ranks: int) -> dict[str, str]:
     """SHA-256 of this rank's share of the tensors, by name; all ranks together have each one."""
-    sizes = {name: _num_elements(tensors, name) for name in tensors.names}
+    sizes = {name: torch.Size(tensors.shape(name)).numel() for name in tensors.names}
     names = sorted(sizes, key=lambda name: (-sizes[name], name))[rank::num_ranks]
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // num_local))
     with ThreadPoolExecutor(num_threads) as threads:  # hashing releases the interpreter's lock
-        return dict(
-            zip(names, threads.map(lambda name: _digest(tensors, name), names), strict=True)
-        )
+        digests = threads.map(lambda name: _digest(tensors, name), names)
+        return dict(zip(names, digests, strict=True))
 
 
 def join_digests(digests: Mapping[str, str]) -> str:
     """One digest of named digests, in the order of their names."""
-    return hashlib.sha256(
-        "\n".join(f"{k} {digests[k]}" for k in sorted(digests)).encode()
-    ).hexdigest()
+    lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _digest(tensors: HFTensors, name: str) -> str:
@@ -43,7 +41,3 @@ def _digest(tensors: HFTensors, name: str) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _num_elements(tensors: HFTensors, name: str) -> int:
-    return int(torch.Size(tensors.slice(name).get_shape()).numel())

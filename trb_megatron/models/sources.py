@@ -62,16 +62,16 @@ class ModelSources:
         """
         student_path = config.student.path
         teacher_path = config.teacher.path if with_teacher and config.teacher else None
+        student = read_hf_config(student_path)
         tokenizer = load_tokenizer(student_path)
         size = tokenizer_size(tokenizer)
-        student = read_hf_config(student_path)
         digests = {"student": tokenizer_digest(tokenizer)}
         teacher = None
         if teacher_path is not None:
+            teacher = read_hf_config(teacher_path)
             of_teacher = load_tokenizer(teacher_path)
             check_same_tokenizer(tokenizer, of_teacher)
             digests["teacher"] = tokenizer_digest(of_teacher)
-            teacher = read_hf_config(teacher_path)
         tp_size = config.parallel.tensor_model_parallel_size
         models = [model for model in (student, teacher) if model is not None]
         check_layout(models, tp_size, config.parallel.pipeline_model_parallel_size)

@@ -109,4 +109,4 @@ def _digest_config(model: HFModelConfig, stop_ids: tuple[int, ...]) -> str:
 
 def _options_but_file(config: Config, name: str) -> dict[str, Any] | None:
     problems = config.evaluation.sets.get(name)
-    return problems and problems.model_dump(exclude={"path", "format"})
+    return None if problems is None else problems.model_dump(exclude={"path", "format"})
