@@ -636,6 +636,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_tokenizer.py::test_ids_are_those_of_the_file_whatever_the_class",),
     ),
     Mutant(
+        name="weights-known-by-name",
+        claim="a run's inputs are known by content",
+        old="digest.update(tensor.flatten().view(torch.uint8).numpy())",
+        new="digest.update(name.encode())",
+        tests=("test_checkpoint.py::test_run_folder_of_another_run_is_refused",),
+    ),
+    Mutant(
         name="long-problems-vanish",
         claim="problems that are too long count as wrong",
         old="num_correct = [0] * (len(problems.prompts) + len(problems.too_long))",
