@@ -636,6 +636,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_tokenizer.py::test_ids_are_those_of_the_file_whatever_the_class",),
     ),
     Mutant(
+        name="weights-known-by-name",
+        claim="a run's inputs are known by content",
+        old="digest.update(tensor.flatten().view(torch.uint8).numpy())",
+        new="digest.update(name.encode())",
+        tests=("test_checkpoint.py::test_run_folder_of_another_run_is_refused",),
+    ),
+    Mutant(
         name="long-problems-vanish",
         claim="problems that are too long count as wrong",
         old="num_correct = [0] * (len(problems.prompts) + len(problems.too_long))",
@@ -714,11 +721,11 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_verify_conversion.py::test_what_rounding_explains_holds",),
     ),
     Mutant(
-        name="strict-inverted",
-        claim="trb-hf-to-megatron --strict refuses tensors that the model has no use for",
-        old="if strict:",
-        new="if not strict:",
-        tests=("test_conversion.py::test_extra_tensors_are_left_out_or_refused",),
+        name="unknown-tensors-left-out",
+        claim="weights give the logits of transformers, or are refused",
+        old="_refuse_missing(tensors, expected)\n    _refuse_unknown(config, unknown)",
+        new="_refuse_missing(tensors, expected)",
+        tests=("test_conversion.py::test_tensors_that_the_model_lacks_are_refused",),
     ),
 )
 

@@ -30,7 +30,6 @@ from trb_megatron.config.conflicts import config_warnings
 from trb_megatron.config.data_options import AUTO_ANSWER_COLUMN
 from trb_megatron.config.options import Config
 from trb_megatron.config.reading import parse_config
-from trb_megatron.config.values import ConfigError
 from trb_megatron.distributed.layout import ParallelLayout, is_rank_zero, say
 from trb_megatron.evaluation.evaluator import Evaluator, load_problem_sets
 from trb_megatron.evaluation.rewards import RewardWorkers
@@ -52,6 +51,7 @@ from trb_megatron.run.folder import (
     lock_run_folder,
     write_run_folder,
 )
+from trb_megatron.run.inputs import check_same_inputs, digest_inputs
 from trb_megatron.update.optimizer import build_optimizer, wrap_student
 
 _NUM_CHECKED_PROMPTS = 1000
@@ -122,7 +122,8 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
         )
 
     lock = lock_run_folder(config.run.dir, say=say)
-    state = _resume(config, prompt_set, student_ddp, optimizer)
+    inputs = digest_inputs(config, sources, prompt_set, problem_sets)
+    state = _resume(config, inputs, student_ddp, optimizer)
     write_run_folder(config)
     policy = policy_at(state.step, config, sources, layout)
     if config.rollout.draft_tokens == "auto" and policy.needs_teacher:
@@ -223,14 +224,14 @@ def _check_tokenizers(sources: ModelSources, prompt_set: PromptSet) -> None:
 
 def _resume(
     config: Config,
-    prompt_set: PromptSet,
+    inputs: dict[str, str],
     student: DistributedDataParallel,
     optimizer: MegatronOptimizer,
 ) -> TrainingState:
     """Continue from the newest good checkpoint of the run's folder, if there is one.
 
     Raises:
-        ConfigError: it belongs to a run with another configuration or other prompts.
+        ConfigError: it belongs to a run with another configuration, or that read something else.
         TrainingCheckpointError: there are checkpoints, and none can be used; or their run draws
             tokens by another rule.
     """
@@ -241,7 +242,7 @@ def _resume(
             prompt_position=0,
             num_skipped=0,
             evaluation_is_due=config.evaluation.at_start,
-            data_fingerprint=prompt_set.fingerprint,
+            inputs=inputs,
             config=config.model_dump(mode="json"),
             sampling=sampling.RULE,
         )
@@ -253,15 +254,12 @@ def _resume(
             "with the version that began it, or export it (megatron_to_hf) and start another "
             "run.dir from that student"
         )
-    check_same_run(checkpoint, parse_config(state.config), config)
-    if state.data_fingerprint != prompt_set.fingerprint:
-        raise ConfigError(
-            f"{config.data.path}: these are not the prompts that {checkpoint} was trained on; "
-            "restore them or choose another run.dir"
-        )
+    saved = parse_config(state.config)
+    check_same_run(checkpoint, saved, config)
+    check_same_inputs(checkpoint, state.inputs, inputs, before=saved, after=config)
     load_checkpoint(checkpoint, student, optimizer)
     say(f"resumed from {checkpoint}")
-    return dataclasses.replace(state, config=config.model_dump(mode="json"))
+    return dataclasses.replace(state, config=config.model_dump(mode="json"), inputs=inputs)
 
 
 def _draft_costs(

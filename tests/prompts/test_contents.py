@@ -13,6 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.prompts.sources import load, write_jsonl
 
+
+def gz(content: bytes) -> bytes:
+    """Without the time, so that each process that collects tests sees the same ones."""
+    return gzip.compress(content, mtime=0)
+
+
 ROWS = [{"prompt": f"numbers {i}", "answer": str(i)} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 CSV = "prompt,answer\n" + "".join(f"{row['prompt']},{row['answer']}\n" for row in ROWS)
@@ -28,24 +34,24 @@ def zstd(content: bytes) -> bytes:
 
 # A file's name and content that hold ROWS.
 FILES: tuple[tuple[str, bytes], ...] = (
-    ("p.jsonl.gz", gzip.compress(LINES.encode())),
-    ("p.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+    ("p.jsonl.gz", gz(LINES.encode())),
+    ("p.json.gz", gz(json.dumps(ROWS).encode())),
     ("p.ndjson.zst", zstd(LINES.encode())),
     ("p.csv.zst", zstd(CSV.encode())),
-    ("p.tsv.gz", gzip.compress(CSV.replace(",", "\t").encode())),
-    ("p.jsonl.gz", gzip.compress(LINES[:20].encode()) + gzip.compress(LINES[20:].encode())),
+    ("p.tsv.gz", gz(CSV.replace(",", "\t").encode())),
+    ("p.jsonl.gz", gz(LINES[:20].encode()) + gz(LINES[20:].encode())),
     ("p.jsonl.zst", zstd(LINES[:20].encode()) + zstd(LINES[20:].encode())),
     # A frame to skip comes first in what pzstd writes.
     ("p.jsonl.zst", bytes.fromhex("502a4d180400000000000000") + zstd(LINES.encode())),
     ("p.jsonl.gz", LINES.encode()),  # as browsers leave what they have decompressed
-    ("p.jsonl", gzip.compress(LINES.encode())),
+    ("p.jsonl", gz(LINES.encode())),
     ("p.JSONL", LINES.encode()),
     ("p.jsonl", MARK + LINES.encode()),
     ("p.jsonl", LINES.replace("\n", "\r\n").encode()),
     ("p.jsonl", LINES.rstrip().encode()),
     ("p.json", MARK + json.dumps(ROWS, indent=1).encode()),
     ("p.json", b"\n \n" + json.dumps(ROWS, indent=1).encode() + b"\n\n"),
-    ("p.json.gz", gzip.compress(MARK + json.dumps(ROWS).encode())),
+    ("p.json.gz", gz(MARK + json.dumps(ROWS).encode())),
     ("p.csv", MARK + CSV.encode()),
     ("p.csv", CSV.replace("\n", "\r\n").encode() + b"\r\n\r\n"),
     ("p.tsv", CSV.replace(",", "\t").encode()),
@@ -89,7 +95,7 @@ BROKEN: tuple[tuple[str, str | bytes, str], ...] = (
     ("p.csv", "prompt,answer\na,1\n".encode("utf-16"), r"p\.csv:1: .* is UTF-16; save .* UTF-8"),
     ("p.jsonl", LINES.encode("utf-16"), r"p\.jsonl:1: not valid UTF-8: it is UTF-16"),
     ("p.csv", "", r"p\.csv: no prompts: it is empty"),
-    ("p.jsonl.gz", gzip.compress(LINES.encode() * 99)[:-20], r"gz: cannot be decompressed \(gzip"),
+    ("p.jsonl.gz", gz(LINES.encode() * 99)[:-20], r"gz: cannot be decompressed \(gzip"),
     ("p.jsonl.zst", zstd(LINES.encode() * 99)[:-3], r"zst: cannot be decompressed \(zstd"),
     (
         "p.jsonl",
