@@ -27,12 +27,13 @@ from trb_megatron.checkpoint.training import (
     load_checkpoint,
 )
 from trb_megatron.config.conflicts import config_warnings
-from trb_megatron.config.options import AUTO_ANSWER_COLUMN, Config
+from trb_megatron.config.data_options import AUTO_ANSWER_COLUMN
+from trb_megatron.config.options import Config
 from trb_megatron.config.reading import parse_config
-from trb_megatron.config.values import ConfigError
 from trb_megatron.distributed.layout import ParallelLayout, is_rank_zero, say
 from trb_megatron.evaluation.evaluator import Evaluator, load_problem_sets
 from trb_megatron.evaluation.rewards import RewardWorkers
+from trb_megatron.huggingface.tokenizer import check_ids, difference_in_transformers
 from trb_megatron.models.layers import flash_attention_version
 from trb_megatron.models.pair import Models
 from trb_megatron.models.sources import DTYPES, ModelSources
@@ -50,7 +51,10 @@ from trb_megatron.run.folder import (
     lock_run_folder,
     write_run_folder,
 )
+from trb_megatron.run.inputs import check_same_inputs, digest_inputs
 from trb_megatron.update.optimizer import build_optimizer, wrap_student
+
+_NUM_CHECKED_PROMPTS = 1000
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,9 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     plan = _plan(config, sources, layout)
     prompt_set = _read_prompts(config, sources)
     problem_sets = load_problem_sets(config, sources.tokenizer)
+    for name, problems in problem_sets.items():
+        say(f"problems {name}: {problems.summary}; {len(problems.too_long):,} too long")
+    _check_tokenizers(sources, prompt_set)
 
     models = Models.load(sources, config, layout, say=say)
     _check_counts(plan, models, layout)
@@ -115,7 +122,8 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
         )
 
     lock = lock_run_folder(config.run.dir, say=say)
-    state = _resume(config, prompt_set, student_ddp, optimizer)
+    inputs = digest_inputs(config, sources, prompt_set, problem_sets)
+    state = _resume(config, inputs, student_ddp, optimizer)
     write_run_folder(config)
     policy = policy_at(state.step, config, sources, layout)
     if config.rollout.draft_tokens == "auto" and policy.needs_teacher:
@@ -174,6 +182,8 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
         PromptSource(
             path=data.path,
             format=data.format,
+            split=data.split,
+            default_split="train",
             columns=Columns(
                 data.prompt_column,
                 AUTO_ANSWER_COLUMN if finds_answers else data.answer_column,
@@ -182,14 +192,16 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
             needs_answers=not finds_answers,
             system_prompt=data.system_prompt,
             apply_chat_template=data.apply_chat_template,
+            chat_template_kwargs=data.chat_template_kwargs,
             max_prompt_tokens=data.max_prompt_tokens,
         ),
         sources.tokenizer,
     )
     say(
-        f"prompts: {len(prompt_set.prompts):,} from {data.path}, {prompt_set.num_dropped:,} longer "
-        f"than {data.max_prompt_tokens} tokens dropped"
+        f"prompts: {prompt_set.summary}; {len(prompt_set.too_long):,} dropped, longer than "
+        f"data.max_prompt_tokens={data.max_prompt_tokens}"
     )
+    say(prompt_set.describe_first())
     if config.is_distilling and prompt_set.prompts[0].answer is None:
         reason = (
             f"no prompt has an answer in the column {AUTO_ANSWER_COLUMN!r}; name another in "
@@ -201,16 +213,25 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
     return prompt_set
 
 
+def _check_tokenizers(sources: ModelSources, prompt_set: PromptSet) -> None:
+    """Make sure that both models' files give the prompts' ids; say where transformers doesn't."""
+    prompts = prompt_set.prompts[:_NUM_CHECKED_PROMPTS]
+    texts = [str(sources.tokenizer.decode(list(prompt.token_ids))) for prompt in prompts]
+    check_ids([model.path for model in sources.models.values()], sources.tokenizer, texts)
+    if is_rank_zero() and (found := difference_in_transformers(sources.student.path, texts)):
+        say(f"warning: {found}")
+
+
 def _resume(
     config: Config,
-    prompt_set: PromptSet,
+    inputs: dict[str, str],
     student: DistributedDataParallel,
     optimizer: MegatronOptimizer,
 ) -> TrainingState:
     """Continue from the newest good checkpoint of the run's folder, if there is one.
 
     Raises:
-        ConfigError: it belongs to a run with another configuration or other prompts.
+        ConfigError: it belongs to a run with another configuration, or that read something else.
         TrainingCheckpointError: there are checkpoints, and none can be used; or their run draws
             tokens by another rule.
     """
@@ -221,7 +242,7 @@ def _resume(
             prompt_position=0,
             num_skipped=0,
             evaluation_is_due=config.evaluation.at_start,
-            data_fingerprint=prompt_set.fingerprint,
+            inputs=inputs,
             config=config.model_dump(mode="json"),
             sampling=sampling.RULE,
         )
@@ -233,15 +254,12 @@ def _resume(
             "with the version that began it, or export it (megatron_to_hf) and start another "
             "run.dir from that student"
         )
-    check_same_run(checkpoint, parse_config(state.config), config)
-    if state.data_fingerprint != prompt_set.fingerprint:
-        raise ConfigError(
-            f"{config.data.path}: these are not the prompts that {checkpoint} was trained on; "
-            "restore them or choose another run.dir"
-        )
+    saved = parse_config(state.config)
+    check_same_run(checkpoint, saved, config)
+    check_same_inputs(checkpoint, state.inputs, inputs, before=saved, after=config)
     load_checkpoint(checkpoint, student, optimizer)
     say(f"resumed from {checkpoint}")
-    return dataclasses.replace(state, config=config.model_dump(mode="json"))
+    return dataclasses.replace(state, config=config.model_dump(mode="json"), inputs=inputs)
 
 
 def _draft_costs(

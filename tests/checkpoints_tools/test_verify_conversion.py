@@ -164,7 +164,7 @@ def compare(ours_TV: torch.Tensor, expected_TV: torch.Tensor, rounding: float) -
 
 def test_comparison_of_known_logits() -> None:
     """Two positions of prompt, two new tokens; Megatron errs by 3 on the last choice."""
-    expected_TV = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
+    expected_TV = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
     ours_TV = expected_TV.clone()
     ours_TV[2, 1] += 3.0
     result = compare(ours_TV, expected_TV, 0.5)

@@ -58,7 +58,7 @@ class TrainingState:
         prompt_position: prompts consumed from the endless prompt order.
         num_skipped: steps without an update, because of a NaN or infinity.
         evaluation_is_due: the run was stopped before the evaluation that belongs to this step.
-        data_fingerprint: of the prompt set that the position refers to.
+        inputs: digests of what the run reads (`run.inputs`), the prompts of `prompt_position` too.
         config: the resolved configuration as plain data.
         sampling: the rule by which random numbers become tokens (`behavior.sampling.RULE`).
     """
@@ -67,7 +67,7 @@ class TrainingState:
     prompt_position: int
     num_skipped: int
     evaluation_is_due: bool
-    data_fingerprint: str
+    inputs: dict[str, str]
     config: dict[str, Any]
     sampling: str = "inverse CDF"
     """The default is the rule of checkpoints that don't say theirs."""

@@ -1,15 +1,22 @@
-"""The kinds of values that options have, and the error for a configuration that cannot run."""
+"""What options are made of: sections, the kinds of values, and the error for what cannot run."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the keys and the fix."""
+
+
+class Section(BaseModel):
+    """A group of options: unknown keys are refused, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def _check_path(value: Any) -> Any:
@@ -19,6 +26,14 @@ def _check_path(value: Any) -> Any:
         raise ValueError("an empty path; name a file or folder")  # Path("") would be the cwd
     if re.search("[\0\ud800-\udfff]", str(value)):
         raise ValueError("no file can have this name")
+    return value
+
+
+def _check_scalar(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str | None):
+        raise ValueError("expected text, a number, true, false or null")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("expected a finite number")
     return value
 
 
@@ -71,6 +86,7 @@ Temperature = Annotated[float, between(0.01, 100)]
 TemperatureOrGreedy = Annotated[float, Field(strict=True), zero_or_between(0.01, 100)]
 Name = Annotated[str, Field(min_length=1)]
 ConfigPath = Annotated[Path, BeforeValidator(_check_path), AfterValidator(Path.expanduser)]
+TemplateOption = Annotated[bool | int | float | str | None, BeforeValidator(_check_scalar)]
 # A set's name becomes part of metric names and of override keys.
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 

@@ -114,6 +114,7 @@ class HFTensors:
         self.path = path
         refuse_partial(path)
         self._stored: dict[str, tuple[Any, str]] = {}
+        self._file_names: list[str] = []
         self.absent: dict[str, str] = {}
         if (path / SINGLE_FILE).is_file():
             self._add(SINGLE_FILE)
@@ -127,6 +128,7 @@ class HFTensors:
 
     def _add(self, name: str) -> None:
         handle = self._open(name)
+        self._file_names.append(name)
         for tensor in handle.keys():
             other = self._stored.get(tensor)
             self._stored[tensor] = (handle, tensor)
@@ -145,6 +147,11 @@ class HFTensors:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: truncated or corrupt ({error})") from error
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted by name."""
+        return [self.path / name for name in self._file_names]
 
     @property
     def names(self) -> set[str]:

@@ -21,6 +21,7 @@ from trb_megatron.huggingface.tokenizer import (
     check_same_tokenizer,
     load_tokenizer,
     stop_ids,
+    tokenizer_digest,
     tokenizer_size,
 )
 from trb_megatron.models import fp8
@@ -37,6 +38,7 @@ class ModelSources:
         teacher: None where a job has no teacher.
         tokenizer: the student's; the teacher's gives the same ids.
         tokenizer_size: highest token id + 1, the support of every distribution.
+        tokenizer_digests: of the tokenizers by model.
         vocab_size: rows of both models' vocabularies on all tensor-parallel ranks together, padded.
         alignment: the stop events of both models (the student's twice without a teacher).
     """
@@ -45,6 +47,7 @@ class ModelSources:
     teacher: HFModelConfig | None
     tokenizer: PreTrainedTokenizerFast
     tokenizer_size: int
+    tokenizer_digests: dict[str, str]
     vocab_size: int
     alignment: StopAlignment
 
@@ -62,10 +65,13 @@ class ModelSources:
         student = read_hf_config(student_path)
         tokenizer = load_tokenizer(student_path)
         size = tokenizer_size(tokenizer)
+        digests = {"student": tokenizer_digest(tokenizer)}
         teacher = None
         if teacher_path is not None:
             teacher = read_hf_config(teacher_path)
-            check_same_tokenizer(tokenizer, load_tokenizer(teacher_path))
+            of_teacher = load_tokenizer(teacher_path)
+            check_same_tokenizer(tokenizer, of_teacher)
+            digests["teacher"] = tokenizer_digest(of_teacher)
         tp_size = config.parallel.tensor_model_parallel_size
         models = [model for model in (student, teacher) if model is not None]
         check_layout(models, tp_size, config.parallel.pipeline_model_parallel_size)
@@ -83,6 +89,7 @@ class ModelSources:
             teacher=teacher,
             tokenizer=tokenizer,
             tokenizer_size=size,
+            tokenizer_digests=digests,
             vocab_size=padded_vocab_size([model.vocab_size for model in models], tp_size),
             alignment=_align(config, teacher_path, size),
         )
@@ -99,8 +106,11 @@ class ModelSources:
         return self.alignment.student_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a response, without special tokens."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        """Text of a response, without special tokens and the stop id at its end."""
+        ids = list(token_ids)
+        if ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _check_lengths(
@@ -109,16 +119,21 @@ def _check_lengths(
     """Refuse sequences that are longer than the positions of a model that reads them."""
     uses: list[tuple[str, int, list[HFModelConfig]]] = []
     if teacher is not None:
-        uses.append(("rollout", config.rollout.max_response_tokens, [student, teacher]))
+        num_tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        keys = "data.max_prompt_tokens + rollout.max_response_tokens"
+        uses.append((keys, num_tokens, [student, teacher]))
     # What is chosen by itself is chosen to fit, when the problems are known.
-    if config.evaluation.sets and config.evaluation.max_response_tokens != "auto":
-        uses.append(("evaluation", config.evaluation.max_response_tokens, [student]))
-    for section, max_response_tokens, models in uses:
-        num_tokens = config.data.max_prompt_tokens + max_response_tokens
+    if config.evaluation.max_response_tokens != "auto":
+        for name, problems in config.evaluation.sets.items():
+            section = "data" if problems.max_prompt_tokens == "auto" else f"evaluation.sets.{name}"
+            num_tokens = config.longest_problem(name) + config.evaluation.max_response_tokens
+            keys = f"{section}.max_prompt_tokens + evaluation.max_response_tokens"
+            uses.append((keys, num_tokens, [student]))
+    for keys, num_tokens, models in uses:
         for model in models:
             if num_tokens > model.max_positions:
                 raise ValueError(
-                    f"data.max_prompt_tokens + {section}.max_response_tokens = {num_tokens} "
+                    f"{keys} = {num_tokens} "
                     f"exceeds the {model.max_positions} positions (max_position_embeddings) of "
                     f"{model.path}; lower them"
                 )
