@@ -744,7 +744,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="pointer-read-as-weights",
         claim="a Git LFS pointer is called one",
-        old="if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:",
+        old="if opened.read(len(GIT_LFS_HEAD)) == GIT_LFS_HEAD:",
         new="if not opened:",
         tests=("test_formats.py::test_a_pointer_of_git_lfs_says_so",),
     ),

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +41,20 @@ def load_frozen(folder: Path, layout: Any) -> Any:
     model = build_model(config, layout, vocab_size=128, dtype=torch.float32)
     load_hf_weights(model, config, layout)
     return model.eval().requires_grad_(False)
+
+
+def run_module(name: str, *arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    """`python -m NAME ...` to its end, by torchrun where there are ranks."""
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*launcher, "-m", name, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={"OMP_NUM_THREADS": "1", **os.environ},
+    )
 
 
 def train(config_file: Path, world_size: int, *overrides: str, timeout_s: float = 240) -> None:

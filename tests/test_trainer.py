@@ -3,11 +3,8 @@
 import gc
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import weakref
 from contextlib import ExitStack, redirect_stdout
 from functools import partial
@@ -22,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests.layouts import LAYOUTS, ONE_RANK, Layout, ProbeResult, write_inputs
 from tests.ranks import run_distributed
-from tests.runs import make_trainer, read_metrics, train, weights_digest
+from tests.runs import make_trainer, read_metrics, run_module, train, weights_digest
 from tests.tiny import CHARACTERS, SPECIAL_TOKENS, make_checkpoint, make_tokenizer
 from trb_megatron.config.reading import load_config
 
@@ -364,13 +361,7 @@ def test_prompts_without_answers_train_without_rewards(tmp_path: Path, column: s
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     overrides = [f"data.answer_column={column}", "training.steps=1", "checkpoint.export_hf=false"]
-    done = subprocess.run(
-        [sys.executable, "-m", "trb_megatron.train", str(config_file), *overrides],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={"OMP_NUM_THREADS": "1", **os.environ},
-    )
+    done = run_module("trb_megatron.train", str(config_file), *overrides)
     if column == "solution":
         assert done.returncode == 2
         assert "prompts.jsonl:1: no value in the column 'solution'; the columns are" in done.stderr

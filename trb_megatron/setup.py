@@ -51,7 +51,7 @@ from trb_megatron.run.folder import (
     lock_run_folder,
     write_run_folder,
 )
-from trb_megatron.run.inputs import check_same_inputs, digest_inputs
+from trb_megatron.run.inputs import check_same_inputs, digest_inputs, weights_of
 from trb_megatron.update.optimizer import build_optimizer, wrap_student
 
 _NUM_CHECKED_PROMPTS = 1000
@@ -123,6 +123,9 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
 
     lock = lock_run_folder(config.run.dir, say=say)
     inputs = digest_inputs(config, sources, prompt_set, problem_sets)
+    for name, digest in sources.tokenizer_digests.items():
+        weights = inputs[weights_of(name)]
+        say(f"{name}: SHA-256 of its weights {weights[:12]}, of its tokenizer {digest[:12]}")
     state = _resume(config, inputs, student_ddp, optimizer)
     write_run_folder(config)
     policy = policy_at(state.step, config, sources, layout)

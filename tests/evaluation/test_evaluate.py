@@ -3,16 +3,14 @@
 import dataclasses
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.layouts import write_inputs
+from tests.runs import run_module
 from tests.tiny import make_checkpoint, make_prompts, make_tokenizer
 from trb_megatron.evaluate import main
 from trb_megatron.evaluation.evaluator import EvaluationResult, pass_at_k
@@ -44,20 +42,6 @@ def test_result_reads_as_a_line_and_as_metrics() -> None:
     }
 
 
-def _run(*arguments: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    """A command of the package, by torchrun where there are ranks."""
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
-        [*launcher, "-m", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={"OMP_NUM_THREADS": "1", **os.environ},
-    )
-
-
 def test_command_evaluates_the_same_at_two_layouts(tmp_path: Path) -> None:
     config = str(write_inputs(tmp_path))
     options = (
@@ -65,9 +49,9 @@ def test_command_evaluates_the_same_at_two_layouts(tmp_path: Path) -> None:
         "evaluation.samples=2",
         "evaluation.pass_at=[1, 2]",
     )
-    one = _run("trb_megatron.evaluate", config, *options, ranks=1)
+    one = run_module("trb_megatron.evaluate", config, *options, ranks=1)
     assert one.returncode == 0, one.stderr
-    two = _run("trb_megatron.evaluate", config, *options, ranks=2)
+    two = run_module("trb_megatron.evaluate", config, *options, ranks=2)
     assert two.returncode == 0, two.stderr
     results = json.loads(one.stdout)
     assert results == json.loads(two.stdout)
@@ -92,7 +76,7 @@ def test_command_needs_a_model_and_problems_alone(tmp_path: Path) -> None:
     options = ["--student", str(student), "--output", str(output), "--problems", *map(str, files)]
     overrides = ["evaluation.samples=2", "evaluation.sets.hard-test.max_prompt_tokens=40"]
     overrides += ["evaluation.sets.hard-test.system_prompt=null"]
-    done = _run("trb_megatron.evaluate", *options, *overrides)
+    done = run_module("trb_megatron.evaluate", *options, *overrides)
     assert done.returncode == 0, done.stderr
 
     rows = read_rows(output)
@@ -146,13 +130,13 @@ def test_command_evaluates_as_training_does(tmp_path: Path) -> None:
     config = str(write_inputs(tmp_path))
     overrides = ["evaluation.sets.sums.path=" + str(tmp_path / "prompts.jsonl")]
     overrides += ["evaluation.max_response_tokens=40", "training.steps=1"]
-    trained = _run("trb_megatron.train", config, *overrides, "evaluation.at_start=true")
+    trained = run_module("trb_megatron.train", config, *overrides, "evaluation.at_start=true")
     assert trained.returncode == 0, trained.stderr
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     expected = {name: value for name, value in row.items() if name.startswith("eval/")}
     assert len(expected) == 4
 
-    with_teacher = _run("trb_megatron.evaluate", config, *overrides, ranks=2)
+    with_teacher = run_module("trb_megatron.evaluate", config, *overrides, ranks=2)
     assert json.loads(with_teacher.stdout) == expected
     shutil.rmtree(tmp_path / "teacher")
     (tmp_path / "prompts.jsonl").rename(tmp_path / "sums.jsonl")
@@ -163,7 +147,7 @@ def test_command_evaluates_as_training_does(tmp_path: Path) -> None:
         "training.precision=fp32",
         "evaluation.max_response_tokens=40",
     ]
-    without = _run("trb_megatron.evaluate", *settings, *options)
+    without = run_module("trb_megatron.evaluate", *settings, *options)
     assert json.loads(without.stdout) == expected
     assert "\nin the student's chat template, without a system prompt of ours\n" in without.stderr
 
@@ -206,7 +190,7 @@ def test_mistakes_in_a_command_are_named(
 
 def test_output_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
     options = ["--student", "nowhere", *PROBLEMS, "--output"]
-    done = _run("trb_megatron.evaluate", *options, str(tmp_path / "no" / "responses.jsonl"))
+    done = run_module("trb_megatron.evaluate", *options, str(tmp_path / "no" / "responses.jsonl"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: --output ") and "cannot be written to" in done.stderr
 
@@ -214,13 +198,15 @@ def test_output_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_p
 def test_problem_without_room_for_a_response_is_refused(tmp_path: Path) -> None:
     student = make_checkpoint(tmp_path / "student", max_positions=20)
     problems = make_prompts(tmp_path / "sums.jsonl")
-    done = _run("trb_megatron.evaluate", "--student", str(student), "--problems", str(problems))
+    done = run_module(
+        "trb_megatron.evaluate", "--student", str(student), "--problems", str(problems)
+    )
     assert done.returncode == 2
     assert "error: data.max_prompt_tokens: the longest problem has " in done.stderr
 
 
 def test_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    result = _run("trb_megatron.evaluate", str(write_inputs(tmp_path)), ranks=1)
+    result = run_module("trb_megatron.evaluate", str(write_inputs(tmp_path)), ranks=1)
     assert result.returncode != 0
     assert "error: evaluation.sets is empty" in result.stderr
     assert "Traceback" not in result.stderr.split("error: ")[0]

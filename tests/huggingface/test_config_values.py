@@ -95,7 +95,7 @@ def test_values_of_a_configuration_are_named(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"hidden_size": 32, "hidden_size": 64}', "the key 'hidden_size' appears twice"),
+        ('{"hidden_size": 32, "hidden_size": 64}', "the key 'hidden_size' stands twice"),
         ('{"rope_theta": NaN}', "rope_theta is nan, which is no number"),
         ('{"sizes": [1, -Infinity]}', "sizes is -inf, which is no number"),
         ('{"rope_theta": 1e999}', "rope_theta is inf, which is no number"),

@@ -1,10 +1,6 @@
 """A real model: its tokenizer, its logits at every layout, its conversion in both directions."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from safetensors import safe_open
 from checkpoints_tools import hf_to_megatron, megatron_to_hf
 from tests.ranks import run_distributed
 from tests.real.conftest import load_reference
+from tests.runs import run_module
 from trb_megatron.huggingface.config import padded_vocab_size, read_hf_config
 from trb_megatron.huggingface.tokenizer import load_tokenizer, stop_ids
 
@@ -122,17 +119,8 @@ def test_verification_holds(laptop_model: Path, tmp_path: Path, precision: str) 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The capital of France is\n12 + 30 = \n")
     options = ["--precision", precision, "--prompts", str(prompts), "--new-tokens", "6"]
-    done = _run("checkpoints_tools.verify_conversion", str(laptop_model / "teacher"), *options)
+    done = run_module(
+        "checkpoints_tools.verify_conversion", str(laptop_model / "teacher"), *options
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\nholds " in done.stdout
-
-
-def _run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment: dict[str, Any] = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-    )

@@ -1,15 +1,15 @@
 """What a run says before its first step."""
 
 import math
-import os
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.layouts import write_inputs
+from tests.runs import run_module
 
 SCREEN_LINES, SCREEN_COLUMNS = 40, 120
+DIGESTS = r"(student|teacher): SHA-256 of its weights (\w{12}), of its tokenizer \w{12}"
 
 
 def test_start_says_what_was_read_on_one_screen(tmp_path: Path) -> None:
@@ -26,13 +26,7 @@ def test_start_says_what_was_read_on_one_screen(tmp_path: Path) -> None:
         *(f"evaluation.sets.sums.path={folder}", "evaluation.sets.sums.split=test"),
         *("evaluation.max_response_tokens=40", "evaluation.at_start=false"),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "trb_megatron.train", str(config_file), *overrides],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={"OMP_NUM_THREADS": "1", **os.environ},
-    )
+    done = run_module("trb_megatron.train", str(config_file), *overrides)
     assert done.returncode == 0, done.stderr
     report = done.stdout.splitlines()
     count = len(prompts)
@@ -46,6 +40,9 @@ def test_start_says_what_was_read_on_one_screen(tmp_path: Path) -> None:
         f"problems sums: {count} rows of {folder} (test.jsonl; split test, not train), columns "
         "prompt, answer; 0 too long"
     ) in report
+    digests = [re.fullmatch(DIGESTS, line) for line in report]
+    models = {match[1]: match[2] for match in digests if match}
+    assert models.keys() == {"student", "teacher"} and len(set(models.values())) == 2
     lines = [
         max(1, math.ceil(len(line.replace(str(tmp_path), "")) / SCREEN_COLUMNS)) for line in report
     ]

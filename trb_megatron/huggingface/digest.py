@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,15 +18,17 @@ def file_stamps(tensors: HFTensors) -> list[list[str | int]]:
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def digest_share(tensors: HFTensors, rank: int, num_ranks: int) -> dict[str, str]:
-    """SHA-256 of this rank's share of the tensors, by name; all ranks together have each one."""
-    sizes = {name: torch.Size(tensors.shape(name)).numel() for name in tensors.names}
-    names = sorted(sizes, key=lambda name: (-sizes[name], name))[rank::num_ranks]
+def digest_share(
+    tensors: HFTensors, names: Iterable[str], rank: int, num_ranks: int
+) -> dict[str, str]:
+    """SHA-256 of this rank's share of the named tensors; all ranks together have each one."""
+    sizes = {name: torch.Size(tensors.shape(name)).numel() for name in names}
+    share = sorted(sizes, key=lambda name: (-sizes[name], name))[rank::num_ranks]
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // num_local))
     with ThreadPoolExecutor(num_threads) as threads:  # hashing releases the interpreter's lock
-        digests = threads.map(lambda name: _digest(tensors, name), names)
-        return dict(zip(names, digests, strict=True))
+        digests = threads.map(lambda name: _digest(tensors, name), share)
+        return dict(zip(share, digests, strict=True))
 
 
 def join_digests(digests: Mapping[str, str]) -> str:

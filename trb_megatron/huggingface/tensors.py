@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trb_megatron.atomic_folder import PARTIAL_SUFFIX
+from trb_megatron.file_checks import GIT_LFS_HEAD, unique_keys
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -29,7 +29,6 @@ _WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
     *("*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz", "*.ckpt"),
 )
-_LFS_POINTER = b"version https://git-lfs."
 CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -72,10 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as every reader understands it."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} appears twice")
+    value = unique_keys(pairs)
     for key, entry in pairs:
         for number in entry if isinstance(entry, list) else [entry]:
             if isinstance(number, float) and not math.isfinite(number):
@@ -90,7 +86,7 @@ def refuse_lfs_pointer(file: Path) -> None:
         CheckpointError: says how to fetch the file.
     """
     with file.open("rb") as opened:
-        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+        if opened.read(len(GIT_LFS_HEAD)) == GIT_LFS_HEAD:
             raise CheckpointError(
                 f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
             )

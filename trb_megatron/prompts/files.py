@@ -5,12 +5,13 @@ https://huggingface.co/docs/datasets/repository_structure
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 SUFFIXES = {
     "jsonl": (".jsonl", ".json", ".ndjson"),
@@ -174,42 +175,82 @@ def _declared_splits(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]
     if not configs:
         return None
     try:
-        return _splits_of_configs(path, files, configs)
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{readme}: its `configs` do not say which files to read ({error}); name a file"
-        ) from error
+        return _splits_of_configs(path, files, _CONFIGS.validate_python(configs))
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        place = ".".join(map(str, ("configs", *wrong["loc"])))
+        reason = f"{place}: {wrong['msg']}"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(
+        f"{readme}: its `configs` do not say which files to read ({reason}); name a file"
+    )
 
 
-def _splits_of_configs(path: Path, files: Sequence[Path], configs: Any) -> dict[str, list[Path]]:
-    by_name = {config["config_name"]: config for config in configs}
+class _DataFiles(BaseModel):
+    """The files of a split, as patterns."""
+
+    split: str
+    path: str | list[str]
+
+
+class _DataConfig(BaseModel):
+    """An entry of `configs`, as far as it decides which files are read."""
+
+    config_name: str
+    default: bool = False
+    data_dir: str = ""
+    data_files: str | list[str] | list[_DataFiles] | dict[str, str | list[str]] | None = None
+
+
+_CONFIGS = TypeAdapter(list[_DataConfig])
+
+
+def _splits_of_configs(
+    path: Path, files: Sequence[Path], configs: list[_DataConfig]
+) -> dict[str, list[Path]]:
+    by_name = {config.config_name: config for config in configs}
     defaults = [
         name
         for name, config in by_name.items()
-        if len(by_name) == 1 or name == "default" or config.get("default")
+        if len(by_name) == 1 or name == "default" or config.default
     ]
     if len(defaults) != 1:
         raise ValueError(f"there are several: {', '.join(by_name)}")
     config = by_name[defaults[0]]
-    base = path / config.get("data_dir", "")
-    patterns = config.get("data_files")
-    if patterns is None:
+    base = path / config.data_dir
+    if config.data_files is None:
         return _splits_by_name(base, [file for file in files if file.is_relative_to(base)])
-    if isinstance(patterns, str):
-        patterns = [patterns]
-    if isinstance(patterns, list) and not all(isinstance(entry, dict) for entry in patterns):
-        patterns = [{"split": "train", "path": patterns}]
-    if isinstance(patterns, dict):
-        patterns = [{"split": split, "path": found} for split, found in patterns.items()]
     splits: dict[str, list[Path]] = {}
-    for entry in patterns:
-        of_split = [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
-        matches = {match for pattern in of_split for match in base.glob(pattern)}
+    for split, patterns in _patterns_by_split(config.data_files):
+        if absolute := [pattern for pattern in patterns if Path(pattern).is_absolute()]:
+            raise ValueError(f"{absolute[0]} is not in the folder")
+        matches = {match for pattern in patterns for match in base.glob(pattern)}
         if found := [file for file in files if file in matches]:
-            splits[entry["split"]] = found
+            splits[split] = found
     if not splits:
         raise ValueError("the files that they name are not there")
     return splits
+
+
+def _patterns_by_split(
+    data_files: str | list[str] | list[_DataFiles] | dict[str, str | list[str]],
+) -> Iterator[tuple[str, list[str]]]:
+    """Every spelling of `data_files` as splits and their patterns."""
+    if isinstance(data_files, str):
+        data_files = [data_files]
+    entries = data_files.items() if isinstance(data_files, dict) else _entries(data_files)
+    for split, patterns in entries:
+        yield split, [patterns] if isinstance(patterns, str) else patterns
+
+
+def _entries(
+    data_files: list[str] | list[_DataFiles],
+) -> Iterator[tuple[str, str | list[str]]]:
+    names = [entry for entry in data_files if isinstance(entry, str)]
+    if names:
+        yield "train", names
+    yield from ((entry.split, entry.path) for entry in data_files if isinstance(entry, _DataFiles))
 
 
 def _choose_split(

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
+from trb_megatron.file_checks import GIT_LFS_HEAD, RepeatedKeyError, unique_keys
 from trb_megatron.prompts.columns import find_value, missing_column, outer_columns
 from trb_megatron.prompts.labels import declared_features, with_names
 
@@ -67,7 +68,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
 
 
 def _refuse_pointer(path: Path, head: bytes) -> None:
-    if head.startswith(b"version https://git-lfs.github.com"):
+    if head.startswith(GIT_LFS_HEAD):
         raise ValueError(f"{path}: is a Git-LFS pointer, not the data; fetch it by `git lfs pull`")
 
 
@@ -145,19 +146,7 @@ def parse_json(text: str, location: str) -> Any:
         raise ValueError(f"{location}: broken JSON at column {error.colno}: {error.msg}") from None
 
 
-class _RepeatedKey(ValueError):
-    """A key that stands twice in one object."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKey(next(key for key in keys if keys.count(key) > 1))
-    return values
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -165,10 +154,8 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 def _json_errors(location: str) -> Iterator[None]:
     try:
         yield
-    except _RepeatedKey as error:
-        raise ValueError(
-            f"{location}: the key {str(error)!r} stands twice in one object; remove one"
-        ) from None
+    except RepeatedKeyError as error:
+        raise ValueError(f"{location}: {error}") from None
     except RecursionError:
         raise ValueError(f"{location}: nested too deeply") from None
 

@@ -18,7 +18,7 @@ from trb_megatron.config.values import ConfigError
 from trb_megatron.distributed.layout import is_rank_zero
 from trb_megatron.huggingface.config import HFModelConfig
 from trb_megatron.huggingface.digest import digest_share, file_stamps, join_digests
-from trb_megatron.huggingface.tensors import HFTensors
+from trb_megatron.huggingface.model_tensors import expected_tensors, open_model
 from trb_megatron.job.shared_failure import from_rank_zero
 from trb_megatron.models.sources import ModelSources
 from trb_megatron.prompts.source import PromptSet
@@ -47,8 +47,8 @@ def digest_inputs(
     known = from_rank_zero(lambda: json.loads(file.read_text()) if file.is_file() else {})
     read = {}
     for name, model in sources.models.items():
-        read[name] = _digest_weights(model.path, known.get(name))
-        digests[f"weights of the {name}"] = read[name]["digest"]
+        read[name] = _digest_weights(model, known.get(name))
+        digests[weights_of(name)] = read[name]["digest"]
         digests[f"configuration of the {name}"] = _digest_config(model, stop_ids[name])
     for name, problems in problem_sets.items():
         digests[_PROBLEMS + name] = problems.fingerprint
@@ -56,6 +56,11 @@ def digest_inputs(
         if is_rank_zero():
             write_file(file, json.dumps(read, indent=1) + "\n")
     return digests
+
+
+def weights_of(name: str) -> str:
+    """The key of a model's weights among the digests."""
+    return f"weights of the {name}"
 
 
 def check_same_inputs(
@@ -89,14 +94,16 @@ def check_same_inputs(
             )
 
 
-def _digest_weights(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
-    """Stamps of a folder's files, and the digest of their tensors."""
-    tensors = HFTensors(path)
+def _digest_weights(model: HFModelConfig, known: dict[str, Any] | None) -> dict[str, Any]:
+    """Stamps of a folder's files, and the digest of the tensors that the model is made of."""
+    tensors, _ = open_model(model)
     stamps = from_rank_zero(lambda: file_stamps(tensors))
     if known is not None and known["files"] == stamps:
         return known
-    shares: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shares, digest_share(tensors, dist.get_rank(), dist.get_world_size()))
+    num_ranks = dist.get_world_size()
+    own = digest_share(tensors, expected_tensors(model), dist.get_rank(), num_ranks)
+    shares: list[dict[str, str]] = [{} for _ in range(num_ranks)]
+    dist.all_gather_object(shares, own)
     digest = join_digests({name: one for share in shares for name, one in share.items()})
     return {"files": stamps, "digest": digest}
 
