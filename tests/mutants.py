@@ -295,6 +295,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_plan.py::test_stages_and_ranks_hold_every_parameter_once",),
     ),
     Mutant(
+        name="index-may-ask-for-any-attribute",
+        claim="payloads planted in checkpoints do not run",
+        old="if isinstance(kind, EnumType) and name in kind.__members__:\n        return kind[name]",
+        new="return getattr(kind, name)",
+        tests=("test_security.py::test_index_may_name_members_of_enumerations_alone",),
+    ),
+    Mutant(
         name="torch-unpickles-any-name",
         claim="payloads planted in checkpoints do not run",
         old='os.environ[_FORCE] = "1"',

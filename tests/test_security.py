@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from checkpoints_tools import inspect_checkpoint
 from tests.layouts import write_inputs
@@ -337,6 +339,36 @@ def test_object_between_the_tensors_runs_nothing(tmp_path: Path) -> None:
     assert not mark.exists()
     dcp.load({"a": torch.ones(2), "b": None}, checkpoint_id=folder, no_dist=True)
     assert mark.exists()  # else the test proves nothing
+
+
+class Attribute:
+    """Is pickled as a call of `getattr`."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.arguments = (owner, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.arguments
+
+
+def test_index_may_name_members_of_enumerations_alone(tmp_path: Path) -> None:
+    """As Python 3.11.2, that of Debian 12, pickles them, whatever Python runs this."""
+    member = WriteItemType.SHARD
+    for attribute, expected in (
+        (Attribute(WriteItemType, "SHARD"), member),
+        (Attribute(WriteItemType, "__init__"), "attribute '__init__' of <enum"),
+        (Attribute(Metadata, "__init__"), "attribute '__init__' of <class"),
+        (Attribute(torch.float32, "is_complex"), "attribute 'is_complex' of torch.float32"),
+    ):
+        index = Metadata({}, planner_data=attribute, storage_data={})
+        (tmp_path / INDEX_FILE).write_bytes(pickle.dumps(index))
+        if expected is member:
+            assert read_index(tmp_path).planner_data is member
+        else:
+            with pytest.raises(
+                CheckpointError, match=re.escape(f"refused, it asks for the {expected}")
+            ):
+                read_index(tmp_path)
 
 
 def test_data_files_lie_in_the_checkpoint(tmp_path: Path) -> None:

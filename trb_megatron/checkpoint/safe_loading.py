@@ -13,6 +13,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import EnumType
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,22 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
+def _enum_member(kind: Any, name: Any) -> Any:
+    """`getattr` for the one use that an index has of it.
+
+    Python 3.11.0 to 3.11.3 pickle a member of an enumeration as `getattr(its class, its name)`.
+    """
+    if isinstance(kind, EnumType) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"refused, it asks for the attribute {name!r} of {kind!r}")
+
+
 class _IndexUnpickler(pickle.Unpickler):
     """Refuses every name but those that an index needs, and data types of torch."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _INDEX_NAMES.get(module, ()):
             return super().find_class(module, name)

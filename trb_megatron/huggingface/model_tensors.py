@@ -60,7 +60,7 @@ def open_model(config: HFModelConfig) -> tuple[HFTensors, list[str]]:
     _refuse_other_models(config, unknown)
     _refuse_missing(tensors, expected)
     _refuse_unknown(config, unknown)
-    for name, shape in sorted(expected.items()):
+    for name, shape in expected.items():
         if tensors.shape(name) != shape:
             raise CheckpointError(
                 f"{config.path}: tensor {name} has shape {list(tensors.shape(name))}, "
