@@ -297,8 +297,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="index-may-ask-for-any-attribute",
         claim="payloads planted in checkpoints do not run",
-        old="if isinstance(kind, EnumType) and name in kind.__members__:\n        return kind[name]",
-        new="return getattr(kind, name)",
+        old="isinstance(kind, EnumType) and name in kind.__members__:\n        return kind[name]",
+        new="True:\n        return getattr(kind, name)",
         tests=("test_security.py::test_index_may_name_members_of_enumerations_alone",),
     ),
     Mutant(
