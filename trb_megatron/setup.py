@@ -89,6 +89,8 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     """
     _describe_start(config, layout)
     check_run_folder(config)
+    if rewards is not None:
+        rewards.check()
     sources = ModelSources.read(config, with_teacher=config.is_distilling)
     plan = _plan(config, sources, layout)
     prompt_set = _read_prompts(config, sources)

@@ -22,6 +22,12 @@ def _check_path(value: Any) -> Any:
     return value
 
 
+def _check_grader(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
+        raise ValueError("expected module:function, such as my_rewards:grade")
+    return value
+
+
 def refuse_duplicates(values: tuple[int, ...]) -> tuple[int, ...]:
     """Check that no number comes twice."""
     if len(set(values)) != len(values):
@@ -71,6 +77,7 @@ Temperature = Annotated[float, between(0.01, 100)]
 TemperatureOrGreedy = Annotated[float, Field(strict=True), zero_or_between(0.01, 100)]
 Name = Annotated[str, Field(min_length=1)]
 ConfigPath = Annotated[Path, BeforeValidator(_check_path), AfterValidator(Path.expanduser)]
+GraderName = Annotated[str, AfterValidator(_check_grader)]
 # A set's name becomes part of metric names and of override keys.
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 

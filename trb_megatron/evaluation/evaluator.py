@@ -96,6 +96,7 @@ class GradedResponse:
             "extracted_answer": self.grade.extracted,
             "gold": answers[0] if len(answers) == 1 else list(answers),
             "verdict": self.grade.is_right,
+            "reward": self.grade.reward,
             "timed_out": self.grade.timed_out,
             "length": len(self.rollout.response_ids),
             "stopped": self.rollout.stopped,
@@ -218,13 +219,13 @@ class Evaluator:
             raise NonFiniteError(f"evaluation: {found}")
         responses = self._grade(problems, rollouts)
         graded = [
-            (r.rollout.prompt_index, r.grade.reward, len(r.rollout.response_ids), r.rollout.stopped)
+            (r.rollout.prompt_index, r.grade.is_right, len(r.rollout.response_ids), r.rollout.stopped)
             for r in responses
         ]
         graded = [row for rows in gather_from_leaders(graded, self.layout) for row in rows]
         num_correct = [0] * len(problems.prompts)
-        for problem, score, _, _ in graded:
-            num_correct[problem] += int(score)
+        for problem, is_right, _, _ in graded:
+            num_correct[problem] += is_right
         result = EvaluationResult(
             pass_at={
                 k: _mean([pass_at_k(num_samples, correct, k) for correct in num_correct])
