@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,22 +79,20 @@ def evaluate(evaluator: Evaluator, output: Path | None = None) -> dict[str, floa
     layout, num_samples = evaluator.layout, evaluator.config.samples
     metrics: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
-    sizes = {name: len(problems.prompts) for name, problems in evaluator.problem_sets.items()}
-    with (
-        EvaluationProgress(sizes, num_samples, layout.dp_size) if is_rank_zero() else nullcontext()
+    with EvaluationProgress(
+        evaluator.set_sizes, num_samples, layout.dp_size, enabled=is_rank_zero()
     ) as progress:
         for name in evaluator.problem_sets:
-            watch = None if progress is None else progress.watch(name)
-            result, responses = evaluator.evaluate_set(name, watch)
+            result, responses = evaluator.evaluate_set(name, progress.watch(name))
             metrics |= result.metrics(name)
-            if progress is not None:
-                progress.finish(name, str(result))
+            progress.finish(name)
+            progress.write(f"{name}: {result}")
             if output is None:
                 continue
             found = [response.as_row(name, evaluator.sources) for response in responses]
             of_set = [row for rows_ in gather_from_leaders(found, layout) for row in rows_]
             rows += sorted(of_set, key=lambda row: (row["problem"], row["sample"]))
-            if progress is not None:
+            if is_rank_zero():
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 write_file(output, text)
                 progress.write(f"{name}: {len(of_set):,} responses written to {output}")
@@ -188,16 +185,20 @@ def _describe(config: JobConfig, evaluator: Evaluator) -> Iterator[str]:
     """What decides the numbers that come out: problems, rendering, sampling."""
     data, evaluation = config.data, evaluator.config
     for name, problems in evaluator.problem_sets.items():
-        dropped = problems.num_dropped
-        yield f"{name}: {len(problems.prompts):,} problems from {evaluation.sets[name].path}" + (
-            f", {dropped:,} longer than {data.max_prompt_tokens} tokens left out" if dropped else ""
+        too_long = len(problems.too_long)
+        num_problems = len(problems.prompts) + too_long
+        yield f"{name}: {num_problems:,} problems from {evaluation.sets[name].path}" + (
+            f", {too_long:,} longer than {config.longest_problem(name):,} tokens count as wrong"
+            if too_long
+            else ""
         )
-    if not data.apply_chat_template:
-        yield "prompts: plain text (data.apply_chat_template=false)"
-    elif data.system_prompt is None:
-        yield "prompts: in the student's chat template, without a system prompt of ours"
-    else:
-        yield f"prompts: in the student's chat template, system prompt '{data.system_prompt}'"
+        own = "" if len(evaluation.sets) == 1 else f"{name}: "
+        if not data.apply_chat_template:
+            yield f"{own}plain text (data.apply_chat_template=false)"
+        elif (prompt := config.system_prompt_of(name)) is None:
+            yield f"{own}in the student's chat template, without a system prompt of ours"
+        else:
+            yield f"{own}in the student's chat template, system prompt '{prompt}'"
     samples = evaluation.samples
     yield (
         f"responses: {samples} per problem, temperature {evaluation.temperature:g}, at most "

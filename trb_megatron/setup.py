@@ -189,8 +189,8 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
         sources.tokenizer,
     )
     say(
-        f"prompts: {len(prompt_set.prompts):,} from {data.path}, {prompt_set.num_dropped:,} longer "
-        f"than {data.max_prompt_tokens} tokens dropped"
+        f"prompts: {len(prompt_set.prompts):,} from {data.path}, {len(prompt_set.too_long):,} "
+        f"longer than {data.max_prompt_tokens} tokens dropped"
     )
     if config.is_distilling and prompt_set.prompts[0].answer is None:
         reason = (

@@ -30,7 +30,8 @@ from trb_megatron.behavior.policies import Policy
 from trb_megatron.behavior.schedule import kl_budget_of_step
 from trb_megatron.checkpoint.folders import written_together
 from trb_megatron.checkpoint.training import save_checkpoint
-from trb_megatron.distributed.layout import say
+from trb_megatron.distributed.layout import is_rank_zero, say
+from trb_megatron.evaluation.evaluator import EvaluationResult
 from trb_megatron.job.nonfinite import NonFiniteGuard, find_in_rollouts
 from trb_megatron.job.stopping import StopRequests
 from trb_megatron.models.forward import forward_hidden
@@ -39,6 +40,7 @@ from trb_megatron.models.weights import save_hf_checkpoint
 from trb_megatron.prompts.order import PromptOrder
 from trb_megatron.prompts.source import Prompt
 from trb_megatron.rollout.step_settings import policy_at, requests_of, responses_at
+from trb_megatron.run.evaluation_progress import EvaluationProgress
 from trb_megatron.run.log import RunLog
 from trb_megatron.run.metrics import PeakMemory, PhaseTimer
 from trb_megatron.run.step_metrics import average_step, describe_costs, sum_step
@@ -261,10 +263,21 @@ class Trainer:
     def evaluate(self, log: RunLog) -> dict[str, float]:
         """Evaluate every set and show the result; the step's clock and peak leave it out."""
         self.evaluation_is_due = False
+        evaluator, results = self.evaluator, dict[str, EvaluationResult]()
+        with EvaluationProgress(
+            evaluator.set_sizes,
+            evaluator.config.samples,
+            self.layout.dp_size,
+            enabled=is_rank_zero(),
+        ) as progress:
+            for name in evaluator.problem_sets:
+                results[name], _ = evaluator.evaluate_set(name, progress.watch(name))
+                progress.finish(name)
         metrics: dict[str, float] = {}
-        for name, result in self.evaluator.evaluate().items():
+        for name, result in results.items():
             log.write(f"step {self.step} | {name}: {result}")
             metrics |= result.metrics(name)
+        log.leave_out_time()
         self.timer.finish_step()
         self.memory.finish_step()
         return metrics

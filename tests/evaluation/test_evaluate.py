@@ -1,5 +1,6 @@
 """pass@k, and evaluation as a command on real ranks."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -26,15 +27,20 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n: int, c: int, k
 
 
 def test_result_reads_as_a_line_and_as_metrics() -> None:
-    result = EvaluationResult({1: 0.25, 4: 0.5}, 12.5, 0.75, num_problems=8, num_samples=4)
+    scores = {1: 0.25, 4: 0.5}
+    result = EvaluationResult(scores, 12.5, 0.75, num_problems=8, num_too_long=0, num_samples=4)
     assert str(result) == (
         "pass@1 25.0 %, pass@4 50.0 % (8 problems x 4, 12.5 tokens, 75 % stopped)"
+    )
+    assert "(8 problems x 4, 2 of them too long and wrong, 12.5 tokens" in str(
+        dataclasses.replace(result, num_too_long=2)
     )
     assert result.metrics("sums") == {
         "eval/sums/pass@1": 0.25,
         "eval/sums/pass@4": 0.5,
         "eval/sums/response_length": 12.5,
         "eval/sums/stop_fraction": 0.75,
+        "eval/sums/too_long": 0,
     }
 
 
@@ -79,22 +85,32 @@ def test_command_needs_a_model_and_problems_alone(tmp_path: Path) -> None:
     for file, count in zip(files, (3, 5), strict=True):
         file.parent.mkdir()
         make_prompts(file, count)
+    long = {"prompt": "+".join("1" * 30) + "=?", "answer": "30"}
+    with files[1].open("a") as hard:
+        hard.write(json.dumps(long) + "\n")
     output = tmp_path / "responses.jsonl"
     options = ["--student", str(student), "--output", str(output), "--problems", *map(str, files)]
-    overrides = ["evaluation.samples=2", "evaluation.sets.hard-test.limit=4"]
+    overrides = ["evaluation.samples=2", "evaluation.sets.hard-test.max_prompt_tokens=40"]
+    overrides += ["evaluation.sets.hard-test.system_prompt=null"]
     done = _run("trb_megatron.evaluate", *options, *overrides)
     assert done.returncode == 0, done.stderr
 
     rows = read_rows(output)
     assert [(row["set"], row["problem"], row["sample"]) for row in rows] == [
         (name, problem, sample)
-        for name, count in (("easy-test", 3), ("hard-test", 4))
+        for name, count in (("easy-test", 3), ("hard-test", 6))
         for problem in range(count)
         for sample in range(2)
     ]
-    for row in rows:
+    for row in rows[-2:]:
+        assert (row["problem"], row["gold"], row["response"], row["verdict"], row["length"]) == (
+            *(5, "30", None, False, 0),
+        )
+    answered = rows[:-2]
+    for row in answered:
         assert row["gold"] == str(3 * row["problem"])
-        assert row["prompt"].startswith("<|im_start|>system\n?lease reason step by step, ")
+        has_system_prompt = row["prompt"].startswith("<|im_start|>system\n?lease reason step by ")
+        assert has_system_prompt == (row["set"] == "easy-test")
         assert row["prompt"].endswith(
             f"\n{row['problem']}+{2 * row['problem']}=?<|im_end|>\n<|im_start|>assistant\n"
         )
@@ -103,18 +119,19 @@ def test_command_needs_a_model_and_problems_alone(tmp_path: Path) -> None:
     metrics = json.loads(done.stdout)
     for name in ("easy-test", "hard-test"):
         of_set = [row for row in rows if row["set"] == name]
-        mean_length = sum(row["length"] for row in of_set) / len(of_set)
+        mean_length = sum(r["length"] for r in of_set) / len([r for r in of_set if r in answered])
         assert metrics[f"eval/{name}/pass@1"] == sum(r["verdict"] for r in of_set) / len(of_set)
         assert metrics[f"eval/{name}/response_length"] == pytest.approx(mean_length)
 
-    longest = max(len(make_tokenizer()(row["prompt"])["input_ids"]) for row in rows)
+    assert metrics["eval/hard-test/too_long"] == 1
+    longest = max(len(make_tokenizer()(row["prompt"])["input_ids"]) for row in answered)
     for said in (
         f"easy-test: 3 problems from {files[0]}",
-        "prompts: in the student's chat template, system prompt 'Please reason step by step",
+        f"hard-test: 6 problems from {files[1]}, 1 longer than 40 tokens count as wrong",
+        "easy-test: in the student's chat template, system prompt 'Please reason step by step",
+        "hard-test: in the student's chat template, without a system prompt of ours",
         f"responses: 2 per problem, temperature 1, at most {128 - longest} tokens, bf16, seed 0",
-        "problem 7/7 | hard-test | ",
-        "tokens/s | 00:00 left",
-        f"hard-test: 8 responses written to {output}",
+        f"hard-test: 12 responses written to {output}",
     ):
         assert said in done.stderr
     assert max(row["length"] for row in rows) == 128 - longest
@@ -128,7 +145,7 @@ def test_command_evaluates_as_training_does(tmp_path: Path) -> None:
     assert trained.returncode == 0, trained.stderr
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     expected = {name: value for name, value in row.items() if name.startswith("eval/")}
-    assert len(expected) == 3
+    assert len(expected) == 4
 
     with_teacher = _run("trb_megatron.evaluate", config, *overrides, ranks=2)
     assert json.loads(with_teacher.stdout) == expected
@@ -143,9 +160,7 @@ def test_command_evaluates_as_training_does(tmp_path: Path) -> None:
     ]
     without = _run("trb_megatron.evaluate", *settings, *options)
     assert json.loads(without.stdout) == expected
-    assert (
-        "prompts: in the student's chat template, without a system prompt of ours" in without.stderr
-    )
+    assert "\nin the student's chat template, without a system prompt of ours\n" in without.stderr
 
 
 PROBLEMS = ("--problems", "p.jsonl")

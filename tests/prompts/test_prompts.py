@@ -139,7 +139,7 @@ def test_long_prompts_are_dropped_and_counted(
     lengths = [len(p.token_ids) for p in load(source, tokenizer).prompts]
     loaded = load(source, tokenizer, max_prompt_tokens=lengths[1])
     assert [p.index for p in loaded.prompts] == [1, 2]
-    assert loaded.num_dropped == 1
+    assert len(loaded.too_long) == 1
     with pytest.raises(ValueError, match=r"p\.jsonl: .*all 3 are longer than max_prompt_tokens=2"):
         load(source, tokenizer, max_prompt_tokens=2)
 

@@ -17,26 +17,37 @@ def test_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
         for seconds, num_finished, num_tokens in (
             (14.0, 0, 100),  # too early for a line
             (2.0, 1, 160),
-            (2.0, 2, 170),  # no tenth of the problems further
-            (2.0, 10, 400),
-            (0.5, 17, 500),  # not twice in a second
-            (19.5, 20, 800),
+            (2.0, 2, 170),
+            (22.0, 10, 800),
+            (5.0, 20, 900),
         ):
             now += seconds
             watch(num_finished, num_tokens)
-        progress.finish("a", "good")
+        progress.finish("a")
+        progress.write("a: good")
         watch = progress.watch("b")
-        now += 10.0
+        now += 15.0
         watch(7, 100)  # the last replica may have fewer
-        progress.finish("b", "bad")
+        progress.finish("b")
     assert out.getvalue().splitlines() == [
         "problem 1/40 | a | 30 tokens/s | 10:24 left",
-        "problem 15/40 | a | 60 tokens/s | 00:33 left",
-        "problem 30/40 | a | 60 tokens/s | 00:13 left",
+        "problem 15/40 | a | 60 tokens/s | 01:06 left",
         "a: good",
-        "problem 40/40 | b | 54 tokens/s | 00:00 left",
-        "b: bad",
+        "problem 40/40 | b | 50 tokens/s | 00:00 left",
     ]
+
+
+def test_other_ranks_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    out = Terminal()
+    with EvaluationProgress({"a": 30}, 1, 2, out, enabled=False) as progress:
+        watch = progress.watch("a")
+        now += 60.0
+        watch(10, 100)
+        progress.finish("a")
+        progress.write("a: good")
+    assert out.getvalue() == ""
 
 
 class Terminal(io.StringIO):
@@ -55,5 +66,6 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
             watch(num_finished, 100 * num_finished)
         assert "20/1000" in out.getvalue().split("\r")[-1]
         assert "a, 667 tokens/s" in out.getvalue().split("\r")[-1]
-        progress.finish("a", "good")
+        progress.finish("a")
+        progress.write("a: good")
     assert "a: good" in out.getvalue()

@@ -111,8 +111,12 @@ def test_plain_progress_is_one_line_per_step(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(time, "monotonic", lambda: now)
     out = io.StringIO()
     with Progress(num_steps=10, num_done=2, file=out) as progress:
+        now += 500.0
+        progress.leave_out_time()  # of an evaluation
         now += 60.0
         progress.update(3, loss=0.25, reward=0.5, tokens_per_s=1234.4)
+        now += 500.0
+        progress.leave_out_time()
         now += 30.0
         progress.update(4, loss=0.125, reward=None, tokens_per_s=10)
         progress.write("saved")

@@ -102,6 +102,13 @@ def _find_general_conflicts(config: JobConfig) -> Iterator[str]:
             "data.system_prompt: only a chat template says where it belongs; set "
             "data.system_prompt=null, or data.apply_chat_template=true"
         )
+    for name, problems in evaluation.sets.items():
+        if problems.system_prompt not in (None, "auto") and not data.apply_chat_template:
+            yield (
+                f"evaluation.sets.{name}.system_prompt: only a chat template says where it "
+                f"belongs; set evaluation.sets.{name}.system_prompt=null, or "
+                "data.apply_chat_template=true"
+            )
     if loss.veto_coef > 0 and loss.name != "veto":
         yield (
             f"loss.veto_coef: {loss.name} does not use it; set loss.name=veto, or loss.veto_coef=0"

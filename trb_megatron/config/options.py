@@ -93,12 +93,15 @@ AUTO_ANSWER_COLUMN = "answer"
 """The column in which `data.answer_column: auto` looks for answers."""
 
 
+PromptFormat = Literal["auto", "jsonl", "parquet", "hf"]
+
+
 class JobDataConfig(Section):
     """The training prompts, and how all prompts become tokens."""
 
     path: ConfigPath | None = None
     """Used for training alone."""
-    format: Literal["auto", "jsonl", "parquet", "hf"] = "auto"
+    format: PromptFormat = "auto"
     """Format of `data.path`; `auto` tells it by the name of a file and the content of a folder."""
     prompt_column: Name = "prompt"
     """Column of the prompts: text, or a list of chat messages."""
@@ -283,13 +286,21 @@ class EvaluationSet(Section):
     """One file of problems with known answers."""
 
     path: ConfigPath
-    """File or folder of problems, in any format that `data.format=auto` reads."""
+    """File or folder of problems."""
+    format: PromptFormat = "auto"
+    """Format of `path`, as in `data.format`."""
     prompt_column: Name = "prompt"
     """Column of the problems."""
     answer_column: Name = "answer"
     """Column of the right answers."""
     limit: Count | None = None
     """Use only the first so many problems; `null`: all."""
+    max_prompt_tokens: Annotated[Literal["auto"] | int, auto_or_between(1, 2**31 - 1)] = "auto"
+    """Problems of more tokens, template included, get no response and count as wrong; `auto`:
+    `data.max_prompt_tokens`."""
+    system_prompt: str | None = "auto"
+    """System message before each problem that brings none of its own; `null`: none; `auto`:
+    `data.system_prompt`."""
 
 
 AUTO_EVALUATION_TOKENS = 8192
@@ -372,6 +383,16 @@ class JobConfig(Section):
     """Grading processes."""
     logging: LoggingConfig = LoggingConfig()
     """TensorBoard and Weights & Biases."""
+
+    def system_prompt_of(self, name: str) -> str | None:
+        """The system prompt of an evaluation set."""
+        prompt = self.evaluation.sets[name].system_prompt
+        return self.data.system_prompt if prompt == "auto" else prompt
+
+    def longest_problem(self, name: str) -> int:
+        """Tokens of a problem of an evaluation set beyond which it counts as wrong."""
+        tokens = self.evaluation.sets[name].max_prompt_tokens
+        return self.data.max_prompt_tokens if tokens == "auto" else tokens
 
 
 class Config(JobConfig):

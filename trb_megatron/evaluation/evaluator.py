@@ -42,22 +42,26 @@ class EvaluationResult:
     """Averages over the problems of one set.
 
     Attributes:
-        pass_at: k -> pass@k.
+        pass_at: k -> pass@k over all problems.
         response_length: mean tokens of a response, the stop id included.
         stop_fraction: responses that ended with a stop id.
-        num_problems, num_samples: problems, and responses to each.
+        num_problems: all of the set.
+        num_too_long: of these, problems that got no response and count as wrong.
+        num_samples: responses to each of the others.
     """
 
     pass_at: dict[int, float]
     response_length: float
     stop_fraction: float
     num_problems: int
+    num_too_long: int
     num_samples: int
 
     def __str__(self) -> str:
         scores = ", ".join(f"pass@{k} {100 * value:.1f} %" for k, value in self.pass_at.items())
+        wrong = f", {self.num_too_long} of them too long and wrong" if self.num_too_long else ""
         return (
-            f"{scores} ({self.num_problems} problems x {self.num_samples}, "
+            f"{scores} ({self.num_problems} problems x {self.num_samples}{wrong}, "
             f"{self.response_length:.1f} tokens, {100 * self.stop_fraction:.0f} % stopped)"
         )
 
@@ -65,6 +69,7 @@ class EvaluationResult:
         """The result as metrics `eval/<name>/...`."""
         values = {f"pass@{k}": value for k, value in self.pass_at.items()}
         values |= {"response_length": self.response_length, "stop_fraction": self.stop_fraction}
+        values["too_long"] = self.num_too_long
         return {f"eval/{name}/{key}": value for key, value in values.items()}
 
 
@@ -76,12 +81,13 @@ class GradedResponse:
         prompt: the problem, whose `index` is its row in the file.
         sample: number of the response among those to the problem, from 0.
         text: without special tokens.
+        text, rollout: None if the problem was too long for a response.
     """
 
     prompt: Prompt
     sample: int
-    text: str
-    rollout: Rollout
+    text: str | None
+    rollout: Rollout | None
     grade: Grade
 
     def as_row(self, set_name: str, sources: ModelSources) -> dict[str, Any]:
@@ -98,8 +104,8 @@ class GradedResponse:
             "verdict": self.grade.is_right,
             "reward": self.grade.reward,
             "timed_out": self.grade.timed_out,
-            "length": len(self.rollout.response_ids),
-            "stopped": self.rollout.stopped,
+            "length": 0 if self.rollout is None else len(self.rollout.response_ids),
+            "stopped": self.rollout is not None and self.rollout.stopped,
         }
 
 
@@ -111,22 +117,22 @@ def load_problem_sets(
     Raises:
         ValueError: a problem file that cannot be used.
     """
-    return {
-        name: load_prompts(
-            PromptSource(
-                path=problems.path,
-                format="auto",
-                columns=Columns(problems.prompt_column, problems.answer_column, None),
-                section=f"evaluation.sets.{name}",
-                system_prompt=config.data.system_prompt,
-                apply_chat_template=config.data.apply_chat_template,
-                max_prompt_tokens=config.data.max_prompt_tokens,
-                limit=problems.limit,
-            ),
-            tokenizer,
-        )
-        for name, problems in config.evaluation.sets.items()
-    }
+    return {name: load_prompts(_source(name, config), tokenizer) for name in config.evaluation.sets}
+
+
+def _source(name: str, config: JobConfig) -> PromptSource:
+    """A set's file, and how its problems become tokens."""
+    problems, data = config.evaluation.sets[name], config.data
+    return PromptSource(
+        path=problems.path,
+        format=problems.format,
+        columns=Columns(problems.prompt_column, problems.answer_column, None),
+        section=f"evaluation.sets.{name}",
+        system_prompt=config.system_prompt_of(name),
+        apply_chat_template=data.apply_chat_template,
+        max_prompt_tokens=config.longest_problem(name),
+        limit=problems.limit,
+    )
 
 
 class Evaluator:
@@ -195,12 +201,13 @@ class Evaluator:
             )
         return min(AUTO_EVALUATION_TOKENS, room)
 
-    def evaluate(self) -> dict[str, EvaluationResult]:
-        """Evaluate the student as it is now on every set. Collective over all ranks."""
-        return {name: self.evaluate_set(name)[0] for name in self.problem_sets}
+    @property
+    def set_sizes(self) -> dict[str, int]:
+        """Problems of each set."""
+        return {name: len(problems.prompts) for name, problems in self.problem_sets.items()}
 
     def evaluate_set(
-        self, name: str, watch: Watch | None = None
+        self, name: str, watch: Watch
     ) -> tuple[EvaluationResult, list[GradedResponse]]:
         """Averages over a set, on every rank, and this replica's responses, on its leader alone.
 
@@ -219,11 +226,13 @@ class Evaluator:
             raise NonFiniteError(f"evaluation: {found}")
         responses = self._grade(problems, rollouts)
         graded = [
-            (r.rollout.prompt_index, r.grade.is_right, len(r.rollout.response_ids), r.rollout.stopped)
+            (rollout.prompt_index, r.grade.is_right, len(rollout.response_ids), rollout.stopped)
             for r in responses
+            if (rollout := r.rollout) is not None
         ]
         graded = [row for rows in gather_from_leaders(graded, self.layout) for row in rows]
-        num_correct = [0] * len(problems.prompts)
+        # Those that are too long for a response count as wrong.
+        num_correct = [0] * (len(problems.prompts) + len(problems.too_long))
         for problem, is_right, _, _ in graded:
             num_correct[problem] += is_right
         result = EvaluationResult(
@@ -234,21 +243,32 @@ class Evaluator:
             response_length=_mean([length for _, _, length, _ in graded]),
             stop_fraction=_mean([stopped for *_, stopped in graded]),
             num_problems=len(num_correct),
+            num_too_long=len(problems.too_long),
             num_samples=num_samples,
         )
         return result, responses
 
     def _grade(self, problems: PromptSet, rollouts: Sequence[Rollout]) -> list[GradedResponse]:
-        """The rollouts with their grades, on the leader of each replica."""
+        """The rollouts with their grades, on the leader of each replica.
+
+        The first replica has what stands for the problems without rollouts, too.
+        """
         if self.rewards is None:
             return []
         prompts = [problems.prompts[rollout.prompt_index] for rollout in rollouts]
         texts = [self.sources.decode(rollout.response_ids) for rollout in rollouts]
         grades = self.rewards.grade(texts, [prompt.answer or () for prompt in prompts])
-        return [
+        responses = [
             GradedResponse(prompt, rollout.rollout_index, text, rollout, grade)
             for prompt, rollout, text, grade in zip(prompts, rollouts, texts, grades, strict=True)
         ]
+        if self.layout.dp_rank == 0:
+            responses += [
+                GradedResponse(prompt, sample, None, None, Grade(is_right=False))
+                for prompt in problems.too_long
+                for sample in range(self.config.samples)
+            ]
+        return responses
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -109,16 +109,21 @@ def _check_lengths(
     """Refuse sequences that are longer than the positions of a model that reads them."""
     uses: list[tuple[str, int, list[HFModelConfig]]] = []
     if teacher is not None:
-        uses.append(("rollout", config.rollout.max_response_tokens, [student, teacher]))
+        num_tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        keys = "data.max_prompt_tokens + rollout.max_response_tokens"
+        uses.append((keys, num_tokens, [student, teacher]))
     # What is chosen by itself is chosen to fit, when the problems are known.
-    if config.evaluation.sets and config.evaluation.max_response_tokens != "auto":
-        uses.append(("evaluation", config.evaluation.max_response_tokens, [student]))
-    for section, max_response_tokens, models in uses:
-        num_tokens = config.data.max_prompt_tokens + max_response_tokens
+    if config.evaluation.max_response_tokens != "auto":
+        for name, problems in config.evaluation.sets.items():
+            section = "data" if problems.max_prompt_tokens == "auto" else f"evaluation.sets.{name}"
+            num_tokens = config.longest_problem(name) + config.evaluation.max_response_tokens
+            keys = f"{section}.max_prompt_tokens + evaluation.max_response_tokens"
+            uses.append((keys, num_tokens, [student]))
+    for keys, num_tokens, models in uses:
         for model in models:
             if num_tokens > model.max_positions:
                 raise ValueError(
-                    f"data.max_prompt_tokens + {section}.max_response_tokens = {num_tokens} "
+                    f"{keys} = {num_tokens} "
                     f"exceeds the {model.max_positions} positions (max_position_embeddings) of "
                     f"{model.path}; lower them"
                 )

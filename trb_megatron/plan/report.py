@@ -212,7 +212,7 @@ def _describe_cache(plan: Plan, config: Config, memory: int | None) -> list[str]
     if size < need.cache_all:
         line += f"; {_size(size)} hold {need.num_sequences(size):,} of that length at a time"
     elif config.rollout.cache_gb is None and memory is None:
-        line += f"; on a GPU at most {AUTO_CACHE_SHARE:.0%} of what the others leave"
+        line += f"; at most {AUTO_CACHE_SHARE:.0%} of what the others leave"
     return [line]
 
 

@@ -37,7 +37,7 @@ class PromptSet:
     """
 
     prompts: tuple[Prompt, ...]
-    num_dropped: int
+    too_long: tuple[Prompt, ...]
     fingerprint: str
 
 
@@ -56,7 +56,7 @@ class PromptSource:
         system_prompt: opens a chat that brings none of its own; needs a chat template.
         apply_chat_template: render the tokenizer's template around the prompt, which may then be a
             list of messages; without, a prompt is plain text and must be a string.
-        max_prompt_tokens: longer prompts are dropped and counted.
+        max_prompt_tokens: longer prompts are set apart.
         limit: the first so many rows; None: all.
     """
 
@@ -89,7 +89,7 @@ class PromptSource:
 
 
 def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> PromptSet:
-    """Read and tokenize a source, dropping prompts that are too long.
+    """Read and tokenize a source, setting prompts apart that are too long.
 
     A prompt is a string or a list of chat messages. An answer is a string, a number or a list of
     acceptable ones; of a solution in GSM8K's form only what follows `####` counts. A value that is
@@ -111,17 +111,15 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
         for index, (location, row) in enumerate(rows)
     )
     prompts: list[Prompt] = []
-    num_dropped = 0
+    too_long: list[Prompt] = []
     for batch in _batched(records, _TOKENIZER_BATCH):
         for prompt in _tokenize(batch, tokenizer, source):
-            if len(prompt.token_ids) <= source.max_prompt_tokens:
-                prompts.append(prompt)
-            else:
-                num_dropped += 1
+            fits = len(prompt.token_ids) <= source.max_prompt_tokens
+            (prompts if fits else too_long).append(prompt)
     if not prompts:
-        reason = f"all {num_dropped} are longer than max_prompt_tokens={source.max_prompt_tokens}"
-        raise ValueError(f"{source.path}: no prompts: {reason if num_dropped else 'it is empty'}")
-    return PromptSet(tuple(prompts), num_dropped, _fingerprint(prompts))
+        longer = f"all {len(too_long)} are longer than max_prompt_tokens={source.max_prompt_tokens}"
+        raise ValueError(f"{source.path}: no prompts: {longer if too_long else 'it is empty'}")
+    return PromptSet(tuple(prompts), tuple(too_long), _fingerprint(prompts))
 
 
 def _with_all_answers_or_none(records: Iterable[Record]) -> Iterator[Record]:

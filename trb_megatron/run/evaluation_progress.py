@@ -13,8 +13,7 @@ from tqdm import tqdm
 from trb_megatron.rollout.generation import Watch
 
 _LINE_EVERY_S = 15.0
-"""Seconds after which a line is due where there is no terminal; each tenth of the problems is, too,
-but not twice in a second."""
+"""Seconds between two lines where there is no terminal."""
 _BAR_EVERY_S = 0.2
 
 
@@ -27,6 +26,7 @@ class EvaluationProgress:
         num_problems: of each set.
         num_samples: responses to each problem.
         num_replicas: that share the problems.
+        enabled: whether this rank shows anything.
     """
 
     def __init__(
@@ -35,18 +35,22 @@ class EvaluationProgress:
         num_samples: int,
         num_replicas: int,
         file: TextIO | None = None,
+        *,
+        enabled: bool = True,
     ) -> None:
         self._file = file or sys.stderr
+        self._enabled = enabled
         self._num_problems = num_problems
         self._num_samples, self._num_replicas = num_samples, num_replicas
         self._total = sum(num_problems.values())
         self._num_before = self._tokens_before = 0  # of the sets that are done
         self._num_done = self._num_tokens = 0
-        self._num_shown, self._shown_at = 0, time.monotonic()
-        self._started = time.monotonic()
+        self._started = self._shown_at = time.monotonic()
         self._bar: tqdm[Any] | None = None
-        if self._file.isatty():
-            self._bar = tqdm(total=self._total, file=self._file, unit="problem", dynamic_ncols=True)
+        if enabled and self._file.isatty():
+            self._bar = tqdm(
+                total=self._total, file=self._file, unit="problem", dynamic_ncols=True, leave=False
+            )
 
     def __enter__(self) -> EvaluationProgress:
         return self
@@ -67,19 +71,21 @@ class EvaluationProgress:
             done = min(num_finished * self._num_replicas // self._num_samples, of_set)
             self._num_done = self._num_before + done
             self._num_tokens = self._tokens_before + num_tokens * self._num_replicas
-            self._show(name)
+            if self._enabled:
+                self._show(name)
 
         of_set = self._num_problems[name]
         return update
 
-    def finish(self, name: str, result: str) -> None:
-        """Count a set as done, and print a line about it."""
+    def finish(self, name: str) -> None:
+        """Count a set as done."""
         self._num_before += self._num_problems[name]
         self._tokens_before = self._num_tokens
-        self.write(f"{name}: {result}")
 
     def write(self, line: str) -> None:
         """Print a line above the bar."""
+        if not self._enabled:
+            return
         if self._bar is not None:
             self._bar.write(line, file=self._file)
         else:
@@ -87,13 +93,10 @@ class EvaluationProgress:
 
     def _show(self, name: str) -> None:
         now = time.monotonic()
-        seconds, since = now - self._started, now - self._shown_at
-        tenths = 10 * self._num_done // self._total - 10 * self._num_shown // self._total
-        line_every = 1.0 if tenths else _LINE_EVERY_S
-        is_last = self._num_done == self._total > self._num_shown
-        if not is_last and since < (_BAR_EVERY_S if self._bar is not None else line_every):
+        seconds = now - self._started
+        if now - self._shown_at < (_LINE_EVERY_S if self._bar is None else _BAR_EVERY_S):
             return
-        self._num_shown, self._shown_at = self._num_done, now
+        self._shown_at = now
         rate = f"{self._num_tokens / seconds:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.n = self._num_done

@@ -47,6 +47,11 @@ class RunLog:
         if is_rank_zero():
             self._progress.write(line)
 
+    def leave_out_time(self) -> None:
+        """Don't count the time since the last step for the estimate of what is left."""
+        if is_rank_zero():
+            self._progress.leave_out_time()
+
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics of a finished step and show its progress."""
         with self._writing():

@@ -133,7 +133,7 @@ class Progress:
         self._file = file or sys.stderr
         self._num_steps = num_steps
         self._num_done_before = num_done
-        self._started = time.monotonic()
+        self._started = self._last_step_ended = time.monotonic()
         self._bar: tqdm[Any] | None = None
         if self._file.isatty():
             self._bar = tqdm(
@@ -158,6 +158,7 @@ class Progress:
         """Show the step that was just finished; `num_done` counts all steps of the run so far."""
         shown = f"loss {loss:.4f} | " + ("" if reward is None else f"reward {reward:.3f} | ")
         shown += f"{tokens_per_s:,.0f} tokens/s"
+        self._last_step_ended = time.monotonic()
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(num_done - self._bar.n)
@@ -172,8 +173,18 @@ class Progress:
         else:
             print(line, file=self._file, flush=True)
 
+    def leave_out_time(self) -> None:
+        """Don't count the time since the last step for the estimate of what is left."""
+        now = time.monotonic()
+        self._started += now - self._last_step_ended
+        self._last_step_ended = now
+        if self._bar is not None:
+            self._bar.unpause()
+
     def _seconds_left(self, num_done: int) -> float:
-        seconds_per_step = (time.monotonic() - self._started) / (num_done - self._num_done_before)
+        seconds_per_step = (self._last_step_ended - self._started) / (
+            num_done - self._num_done_before
+        )
         return seconds_per_step * (self._num_steps - num_done)
 
 
