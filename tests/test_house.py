@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "trb_megatron"
 FLOORS = (
-    {"atomic_folder", "uniforms", "batch"},
+    {"atomic_folder", "uniforms", "batch", "escapes"},
     {"config", "huggingface", "job", "prompts"},
     {"distributed"},
     {"behavior"},

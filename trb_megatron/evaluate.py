@@ -192,6 +192,7 @@ def _describe(config: JobConfig, evaluator: Evaluator) -> Iterator[str]:
             if too_long
             else ""
         )
+        yield from (f"warning: {name}: {warning}" for warning in problems.warnings)
         own = "" if len(evaluation.sets) == 1 else f"{name}: "
         if not data.apply_chat_template:
             yield f"{own}plain text (data.apply_chat_template=false)"

@@ -95,6 +95,9 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     plan = _plan(config, sources, layout)
     prompt_set = _read_prompts(config, sources)
     problem_sets = load_problem_sets(config, sources.tokenizer)
+    for name, problems in problem_sets.items():
+        for warning in problems.warnings:
+            say(f"warning: {name}: {warning}")
 
     models = Models.load(sources, config, layout, say=say)
     _check_counts(plan, models, layout)
@@ -192,6 +195,8 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
         f"prompts: {len(prompt_set.prompts):,} from {data.path}, {len(prompt_set.too_long):,} "
         f"longer than {data.max_prompt_tokens} tokens dropped"
     )
+    for warning in prompt_set.warnings:
+        say(f"warning: {warning}")
     if config.is_distilling and prompt_set.prompts[0].answer is None:
         reason = (
             f"no prompt has an answer in the column {AUTO_ANSWER_COLUMN!r}; name another in "

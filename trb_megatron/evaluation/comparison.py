@@ -77,9 +77,7 @@ def _without_spaces(text: str) -> str:
 
 
 _NAME = r"\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'?"
-_NAMED = re.compile(
-    rf"({_NAME}|\\angle\s*[A-Z]+|\({_NAME}(?:\s*,\s*{_NAME})+\))\s*=\s*([^=<>]+)"
-)
+_NAMED = re.compile(rf"({_NAME}|\\angle\s*[A-Z]+|\({_NAME}(?:\s*,\s*{_NAME})+\))\s*=\s*([^=<>]+)")
 _RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|neq?|lt|gt|in|leqslant|geqslant)(?![a-z])")
 
 
@@ -168,14 +166,14 @@ def _stands_for(decimal: _Number, exact: Fraction) -> bool:
     """
     if decimal.value == exact:
         return True
-    if decimal.digits >= _DOUBLE_DIGITS:
-        if abs(decimal.value - exact) <= _DOUBLE_EPSILON * abs(exact):
-            return True
+    error = abs(decimal.value - exact)
+    if decimal.digits >= _DOUBLE_DIGITS and error <= _DOUBLE_EPSILON * abs(exact):
+        return True
     if min(decimal.places, decimal.digits) < _FEWEST_PLACES:
         return False
     unit = Fraction(1, 10**decimal.places)
     is_cut = 0 <= (abs(exact) - abs(decimal.value)) < unit and decimal.value * exact > 0
-    return is_cut or abs(exact - decimal.value) <= unit / 2
+    return is_cut or error <= unit / 2
 
 
 def _same_number(gold: str, answer: str) -> bool | None:

@@ -264,7 +264,7 @@ class Evaluator:
         ]
         if self.layout.dp_rank == 0:
             responses += [
-                GradedResponse(prompt, sample, None, None, Grade(is_right=False))
+                GradedResponse(prompt, sample, None, None, Grade(0.0))
                 for prompt in problems.too_long
                 for sample in range(self.config.samples)
             ]

@@ -1,7 +1,4 @@
-r"""Where a response gives its final answer: behind its thinking, in its last box or tag.
-
-    find_answer("First \\boxed{5}. Wait, no: \\boxed{6}.")   # 6
-"""
+r"""Where a response gives its final answer: behind its thinking, in its last box or tag."""
 
 from __future__ import annotations
 

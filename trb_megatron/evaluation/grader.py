@@ -128,7 +128,5 @@ def _import_function(name: str) -> Callable[[str, list[str]], Any]:
 
 
 if __name__ == "__main__":
-    _name = sys.argv[2] if len(sys.argv) > 2 else None
-    serve(
-        math_verify_grader if _name is None else lambda: user_grader(_name), float(sys.argv[1])
-    )
+    _timeout_s, *_user = sys.argv[1:]
+    serve((lambda: user_grader(_user[0])) if _user else math_verify_grader, float(_timeout_s))

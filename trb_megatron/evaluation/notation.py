@@ -140,9 +140,8 @@ def closing_brace(text: str, opening: int) -> int | None:
 
 # ---------------------------------------------------------------- inside an answer
 
-_BASES = dict(
-    two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, twelve=12, sixteen=16
-)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
+_BASES |= {"ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16}
 
 
 def _repeating(match: re.Match[str]) -> str:

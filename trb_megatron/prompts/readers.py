@@ -6,6 +6,7 @@ Whatever is wrong with a source is said with its file and line or row.
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,14 @@ def _read_json(
 
 def _read_json_array(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(content)
+        rows = json.loads(content, parse_float=Decimal)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not valid UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{path}: {error}; write it as text") from None
     for number, row in enumerate(rows, start=1):
         yield f"{path}, entry {number}", row
 
@@ -74,9 +77,11 @@ def _decode(line: bytes, location: str) -> str:
 
 def _parse_json(text: str, location: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=Decimal)
     except json.JSONDecodeError as error:
         raise ValueError(f"{location}: broken JSON at column {error.colno}: {error.msg}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{location}: {error}; write it as text") from None
 
 
 def _read_parquet(

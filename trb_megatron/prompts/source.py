@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from trb_megatron.escapes import find_left_over
 from trb_megatron.prompts.readers import read_rows
 from trb_megatron.prompts.records import Columns, Record, parse_record
 from trb_megatron.prompts.rendering import plain_text, render_chat
@@ -34,11 +35,13 @@ class PromptSet:
     """The prompts of one source, in its order, without those that were too long.
 
     `fingerprint` is a hash of token ids, answers and responses, wherever they were read from.
+    `warnings` say what can be used but is probably not meant, a line each.
     """
 
     prompts: tuple[Prompt, ...]
     too_long: tuple[Prompt, ...]
     fingerprint: str
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +115,34 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
     )
     prompts: list[Prompt] = []
     too_long: list[Prompt] = []
+    left_over: list[tuple[str, str]] = []
     for batch in _batched(records, _TOKENIZER_BATCH):
         for prompt in _tokenize(batch, tokenizer, source):
             fits = len(prompt.token_ids) <= source.max_prompt_tokens
             (prompts if fits else too_long).append(prompt)
+        left_over += [(r.location, r.left_over) for r in batch if r.left_over is not None]
     if not prompts:
         longer = f"all {len(too_long)} are longer than max_prompt_tokens={source.max_prompt_tokens}"
         raise ValueError(f"{source.path}: no prompts: {longer if too_long else 'it is empty'}")
-    return PromptSet(tuple(prompts), tuple(too_long), _fingerprint(prompts))
+    warnings = tuple(_warnings(source, left_over))
+    return PromptSet(tuple(prompts), tuple(too_long), _fingerprint(prompts), warnings)
+
+
+_SHOWN_ROWS = 3
+
+
+def _warnings(source: PromptSource, left_over: list[tuple[str, str]]) -> Iterator[str]:
+    """What looks like LaTeX without its backslashes; `left_over` has rows, and what is in them."""
+    found = source.system_prompt and find_left_over(source.system_prompt)
+    if found:
+        yield f"the system prompt holds {found}, or put it in single quotes"
+    if left_over:
+        more = len(left_over) - _SHOWN_ROWS
+        rows = "; ".join(f"{location} holds {what}" for location, what in left_over[:_SHOWN_ROWS])
+        count = "1 row" if len(left_over) == 1 else f"{len(left_over):,} rows"
+        yield f"{count} may have lost backslashes: {rows}" + (
+            f"; and {more:,} more" if more > 0 else ""
+        )
 
 
 def _with_all_answers_or_none(records: Iterable[Record]) -> Iterator[Record]:
