@@ -102,8 +102,8 @@ class _Number:
     """A number, exactly as it is written.
 
     Attributes:
-        places, digits: of a decimal, behind the point and significant, without trailing zeros; an
-            integer or a fraction has 0.
+        places, digits: of a decimal, behind the point and, without trailing zeros, significant; a
+            fraction has 0.
     """
 
     value: Fraction
@@ -147,7 +147,6 @@ def _read_number(text: str) -> _Number | None:
         value = Fraction(match["decimal"].rstrip(".") if whole else f"0{match['decimal']}")
         places += len(behind)
         digits = len((whole + behind).strip("0"))
-        places -= len(whole + behind) - len((whole + behind).rstrip("0"))
     else:
         value, digits = Fraction(1), 1
     value *= factor * (-1 if match["sign"] == "-" else 1)
