@@ -8,19 +8,24 @@ of their letters, so that ACB equals CAB; and it takes a pair for a set. These a
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import math_verify
 import sympy
 
+from trb_megatron.evaluation.exact import (
+    read_number,
+    same_number,
+    same_numeral,
+    same_time,
+    stands_for,
+)
 from trb_megatron.evaluation.final_answer import find_answer, stated_answer
 from trb_megatron.evaluation.notation import one_spelling, plain_characters, split_list, unwrap
-from trb_megatron.evaluation.quantities import TEXT, rewrite_quantity
+from trb_megatron.evaluation.quantities import TEXT, as_text, rewrite_quantity
 
 _LONGEST = 2000  # characters of an answer that rules look at; math-verify alone gets longer ones
-_MOST_DIGITS = 4000
 
 
 def grade(response: str, answers: list[str]) -> tuple[bool, str | None]:
@@ -39,7 +44,7 @@ def grade(response: str, answers: list[str]) -> tuple[bool, str | None]:
             read = stated or None
             if is_right(gold, stated):
                 return True, read
-        elif parsed and (_same_number(gold, normalize(str(parsed[-1]))) or _agree(gold, parsed)):
+        elif parsed and (same_number(gold, normalize(str(parsed[-1]))) or _agree(gold, parsed)):
             return True, read
     return False, read
 
@@ -64,8 +69,10 @@ def is_right(gold: str, answer: str) -> bool:
         return False
     if _without_spaces(gold) == _without_spaces(answer):
         return True
-    gold, answer = _without_names(gold, answer)
-    for rule in (_same_number, _same_choice, _same_words, _same_time, _same_numeral, _same_list):
+    if _BARE_RELATION.match(answer) and not _RELATION.search(gold):
+        return False  # math-verify reads 14 from \neq 14
+    gold, answer = _without_names(_only_element(gold), _only_element(answer))
+    for rule in _RULES:
         verdict = rule(gold, answer)
         if verdict is not None:
             return verdict
@@ -79,6 +86,8 @@ def _without_spaces(text: str) -> str:
 _NAME = r"\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'?"
 _NAMED = re.compile(rf"({_NAME}|\\angle\s*[A-Z]+|\({_NAME}(?:\s*,\s*{_NAME})+\))\s*=\s*([^=<>]+)")
 _RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|neq?|lt|gt|in|leqslant|geqslant)(?![a-z])")
+
+_BARE_RELATION = re.compile(r"[<>]|\\(?:leq?|geq?|neq?|lt|gt|not|leqslant|geqslant)(?![a-z])")
 
 
 def _without_names(gold: str, answer: str) -> tuple[str, str]:
@@ -94,101 +103,6 @@ def _without_names(gold: str, answer: str) -> tuple[str, str]:
     return gold, answer
 
 
-# ---------------------------------------------------------------- numbers
-
-
-@dataclass(frozen=True)
-class _Number:
-    """A number, exactly as it is written.
-
-    Attributes:
-        places, digits: of a decimal, behind the point and, without trailing zeros, significant; a
-            fraction has 0.
-    """
-
-    value: Fraction
-    places: int = 0
-    digits: int = 0
-    is_percent: bool = False
-
-
-_DECIMAL = r"\d+\.?\d*|\.\d+"
-_NUMBER = re.compile(
-    rf"""(?P<sign>[-+]?)\s*(?:
-        \\frac\s*\{{\s*(?P<over>-?\d+)\s*\}}\s*\{{\s*(?P<under>-?\d+)\s*\}}
-        | (?P<over_2>\d+)\s*/\s*(?P<under_2>\d+)
-        | (?P<decimal>{_DECIMAL})
-        | (?P<power>10\s*\^\s*(?:\d|\{{\s*[-+]?\s*\d+\s*\}}))
-    )(?P<factors>(?:\s*(?:\\times|\\cdot|\*)\s*(?:10\s*\^\s*(?:-?\d|\{{\s*[-+]?\s*\d+\s*\}})|\d+))*)
-    \s*(?P<percent>\\?%)?""",
-    re.VERBOSE,
-)
-_FACTOR = re.compile(r"(\d+)(?:\s*\^\s*\{?\s*([-+]?\s*\d+))?")
-
-
-def _read_number(text: str) -> _Number | None:
-    if len(text) > _MOST_DIGITS or (match := _NUMBER.fullmatch(text.strip())) is None:
-        return None
-    places = digits = 0
-    factor = Fraction(1)
-    for base, power in _FACTOR.findall((match["power"] or "") + match["factors"]):
-        exponent = int(power.replace(" ", "") or "1")
-        if abs(exponent) > _MOST_DIGITS:
-            return None
-        factor *= Fraction(int(base)) ** exponent
-        places -= exponent if power and base == "10" else 0
-    over, under = match["over"] or match["over_2"], match["under"] or match["under_2"]
-    if over is not None:
-        if int(under) == 0:
-            return None
-        value, places = Fraction(int(over), int(under)), 0
-    elif match["decimal"] is not None:
-        whole, _, behind = match["decimal"].partition(".")
-        value = Fraction(match["decimal"].rstrip(".") if whole else f"0{match['decimal']}")
-        places += len(behind)
-        digits = len((whole + behind).strip("0"))
-    else:
-        value, digits = Fraction(1), 1
-    value *= factor * (-1 if match["sign"] == "-" else 1)
-    return _Number(value, max(places, 0), digits, match["percent"] is not None)
-
-
-_FEWEST_PLACES = 6  # behind the point, and significant digits, of a decimal that may be rounded
-_DOUBLE_DIGITS, _DOUBLE_EPSILON = 15, Fraction(1, 2**52)
-
-
-def _stands_for(decimal: _Number, exact: Fraction) -> bool:
-    """Whether a decimal is the exact value, rounded or cut off at its last digit.
-
-    A decimal of fewer than six places is not meant as an approximation, so 0.333 is not 1/3. A
-    binary floating-point number has 15 right digits, whatever it shows.
-    """
-    if decimal.value == exact:
-        return True
-    error = abs(decimal.value - exact)
-    if decimal.digits >= _DOUBLE_DIGITS and error <= _DOUBLE_EPSILON * abs(exact):
-        return True
-    if min(decimal.places, decimal.digits) < _FEWEST_PLACES:
-        return False
-    unit = Fraction(1, 10**decimal.places)
-    is_cut = 0 <= (abs(exact) - abs(decimal.value)) < unit and decimal.value * exact > 0
-    return is_cut or error <= unit / 2
-
-
-def _same_number(gold: str, answer: str) -> bool | None:
-    """Exactly the same value; a percentage is also its hundredth. None: not both are numbers."""
-    right, given = _read_number(gold), _read_number(answer)
-    if right is None or given is None:
-        return None
-    scales = [Fraction(1)]
-    if right.is_percent != given.is_percent:
-        scales.append(Fraction(1, 100) if right.is_percent else Fraction(100))
-    return any(
-        _stands_for(given, right.value * scale) or _stands_for(right, given.value / scale)
-        for scale in scales
-    )
-
-
 # ---------------------------------------------------------------- choices and words
 
 _CHOICE = re.compile(
@@ -199,33 +113,45 @@ _GOLD_CHOICE = re.compile(r"\(?([A-H])\)?")
 
 
 def _choice(text: str) -> str | None:
-    match = _GOLD_CHOICE.fullmatch(_as_text(text))
+    match = _GOLD_CHOICE.fullmatch(as_text(text))
     return match and match[1]
 
 
 def _same_choice(gold: str, answer: str) -> bool | None:
     """The same letter, A to H, whatever follows it. None: they are no choices."""
-    right, given = _choice(gold), _CHOICE.fullmatch(_as_text(answer))
+    right, given = _choice(gold), _CHOICE.fullmatch(as_text(answer))
     return None if right is None or given is None else right == given[1].upper()
+
+
+_CHOICES = re.compile(r"\(?[A-H]\)?(?:\s*,?\s*\(?[A-H]\)?)+")
+
+
+def _same_choices(gold: str, answer: str) -> bool | None:
+    """Several letters, with commas in one of them alone: B, D is BD. None: something else."""
+    texts = [as_text(gold), as_text(answer)]
+    if sum("," in text for text in texts) != 1 or not all(map(_CHOICES.fullmatch, texts)):
+        return None
+    letters = [sorted(re.findall("[A-H]", text)) for text in texts]
+    return letters[0] == letters[1]
 
 
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
 _SHORT_WORDS = {"yes", "no", "odd", "all", "one", "two", "six", "ten", "max", "min", "both"}
 
 
-def _as_text(text: str) -> str:
-    return " ".join(TEXT.sub(r"\1", text).split())
-
-
 def _words(text: str) -> str | None:
-    """Words in lower case; None where the letters may be variables."""
-    plain = _as_text(text)
-    if not _WORDS.fullmatch(plain):
+    """Words as they are compared; None where the letters may be variables."""
+    plain, outside = as_text(text), TEXT.sub("", text)
+    is_mixed = outside != text and re.search("[A-Za-z]", outside)  # x \text{ cm}
+    if is_mixed or not _WORDS.fullmatch(plain):
         return None
     is_ranking = plain.isupper() and len(plain) >= 3  # ACB is no product of three variables
-    words = plain.casefold().replace("-", " ")
-    is_word = is_ranking or " " in words or len(words) >= 4 or words in _SHORT_WORDS
-    return words if is_word else None
+    is_word = is_ranking or " " in plain or len(plain) >= 4 or plain.casefold() in _SHORT_WORDS
+    return _one_case(plain) if is_word else None
+
+
+def _one_case(words: str) -> str:
+    return words.casefold().replace("-", " ").removesuffix("s")
 
 
 _FIRST_WORD = re.compile(r"(yes|no|true|false)\s*[,.:;]", re.IGNORECASE)
@@ -233,45 +159,17 @@ _FIRST_WORD = re.compile(r"(yes|no|true|false)\s*[,.:;]", re.IGNORECASE)
 
 def _same_words(gold: str, answer: str) -> bool | None:
     """The same words, in lower or upper case. None: not both are words."""
-    right, plain = _words(gold), _as_text(answer)
+    right, plain = _words(gold), as_text(answer).rstrip("!?. ")
     if right is None:
         return None
     if first := _FIRST_WORD.match(plain):  # the reason behind it does not count
         plain = first[1]
-    return right == plain.casefold().replace("-", " ") if _WORDS.fullmatch(plain) else None
-
-
-# ---------------------------------------------------------------- times and bases
-
-_TIME = re.compile(r"(\d{1,2})\s*:\s*(\d\d)\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
-_NUMERAL = re.compile(r"(\d[\dA-F]*)\s*_\s*\{?\s*\(?(\d{1,2})\)?\s*\}?")
-
-
-def _same_time(gold: str, answer: str) -> bool | None:
-    """The same time of day; where one lacks am or pm, it is not compared. None: not both are."""
-    right, given = (_TIME.fullmatch(_as_text(text)) for text in (gold, answer))
-    if right is None or given is None:
-        return None
-    halves = {match[3].lower() for match in (right, given) if match[3]}
-    return (int(right[1]), right[2]) == (int(given[1]), given[2]) and len(halves) < 2
-
-
-def _same_numeral(gold: str, answer: str) -> bool | None:
-    """The same value of numerals that both name their base. None: not both do."""
-    found = [_NUMERAL.fullmatch(text) for text in (gold, answer)]
-    values = [_numeral_value(*match.groups()) for match in found if match]
-    return values[0] == values[1] if len(values) == 2 and None not in values else None
-
-
-def _numeral_value(digits: str, base: str) -> int | None:
-    try:
-        return int(digits, int(base))
-    except ValueError:  # a digit that the base does not have: an index, no base
-        return None
+    return right == _one_case(plain) if _WORDS.fullmatch(plain) else None
 
 
 # ---------------------------------------------------------------- lists, tuples, sets
 
+_CONDITION = re.compile(r"\\mid|[|:]")  # of a set that is described, not listed
 _BRACKETS = re.compile(r"(\(|\[|\\\{|\\langle)(.*)(\)|\]|\\\}|\\rangle)", re.DOTALL)
 
 
@@ -281,12 +179,38 @@ def _read_list(text: str) -> tuple[str, list[str]] | None:
     if (match := _BRACKETS.fullmatch(text)) and _closes_at_end(text):
         brackets, inner = match[1] + match[3], match[2]
     parts = split_list(inner)
-    if len(parts) < 2 or not all(parts) or re.search(r"\\mid|[|:]", inner):
+    if len(parts) < 2 or not all(parts) or _CONDITION.search(inner):
         return None
+    if brackets == r"\{\}":
+        parts = list(dict.fromkeys(parts))
     brackets = {r"\langle\rangle": "()", r"\{\}": "{}"}.get(brackets, brackets)
     if brackets == "[]" and len(parts) > 2:  # no interval
         brackets = "()"
     return brackets, parts
+
+
+def _only_element(text: str) -> str:
+    """The element of a set that has but one; other text as it is."""
+    match = _BRACKETS.fullmatch(text)
+    if match is None or match[1] + match[3] != r"\{\}" or not _closes_at_end(text):
+        return text
+    is_one = len(split_list(match[2])) == 1 and not _CONDITION.search(match[2])
+    return match[2].strip() if is_one and match[2].strip() else text
+
+
+_VECTOR = re.compile(r"\\begin\{([pb]?matrix)\}((?:(?!\\begin|&.*\\\\|\\\\.*&).)*)\\end\{\1\}")
+
+
+def _same_vector(gold: str, answer: str) -> bool | None:
+    """A matrix of one row or column for a tuple. None: not one of either."""
+    texts = []
+    for text in (gold, answer):
+        if vector := _VECTOR.fullmatch(text):
+            parts = re.split(r"&|\\\\", vector[2].strip().removesuffix(r"\\"))
+            text = f"({','.join(parts)})"
+        texts.append(text)
+    is_one = (texts[0] != gold) != (texts[1] != answer)
+    return _same_list(*texts) if is_one else None
 
 
 def _closes_at_end(text: str) -> bool:
@@ -354,9 +278,9 @@ def _same_constant(gold: Any, answer: Any, gold_text: str, answer_text: str) -> 
     largest = max(abs(part) for part in (*right, *given))
     if all(abs(a - b) <= tolerance * largest for a, b in zip(right, given, strict=True)):
         return True
-    numbers = ((_read_number(gold_text), given), (_read_number(answer_text), right))
+    numbers = ((read_number(gold_text), given), (read_number(answer_text), right))
     return any(
-        number is not None and number.digits > 0 and not other[1] and _stands_for(number, other[0])
+        number is not None and number.digits > 0 and not other[1] and stands_for(number, other[0])
         for number, other in numbers
     )
 
@@ -373,3 +297,15 @@ def _value(expr: Any) -> tuple[Fraction, Fraction] | None:
         return Fraction(str(parts[0])), Fraction(str(parts[1]))
     except (TypeError, ValueError, AttributeError, ArithmeticError):
         return None  # a constant that sympy cannot evaluate, which is for math-verify
+
+
+_RULES = (
+    same_number,
+    _same_choice,
+    _same_choices,
+    _same_words,
+    same_time,
+    same_numeral,
+    _same_vector,
+    _same_list,
+)

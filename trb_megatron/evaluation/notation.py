@@ -37,7 +37,7 @@ _SIGNS = {
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/",
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "±": r"\pm ",
     "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ", "。": ".",
-    "，": ",", "、": ",", "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
+    "º": "°", "，": ",", "、": ",", "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
 }  # fmt: skip
 _SUPERSCRIPTS = {"⁺": "+", "⁻": "-", "ⁿ": "n", **{c: str(n) for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}}
 _SUBSCRIPTS = {"₊": "+", "₋": "-", "ₙ": "n", **{c: str(n) for n, c in enumerate("₀₁₂₃₄₅₆₇₈₉")}}
@@ -104,7 +104,9 @@ _WRAPPINGS = _rules(
     (r"(?i)\s*\\(?:text(?:bf)?|mathrm)\s*\{[^{}]*\banswer\s*(?:is)?\s*[:=]?\s*\}\s*[:=]?\s*(.+)",
      r"\1", "a label in LaTeX"),
     (r"\s*(?:\\approx|\\sim|~|=|:)\s*(.+)", r"\1", "what led to the answer is no part of it"),
-    (r"(.*?[^\s.,;:])\s*(?:[,;:]|\.(?!\.)|\\\\|\\[,;:! ])\s*", r"\1",
+    (r"\\begin\{(aligned|align\*?|equation\*?|gather(?:ed|\*)?|split)\}([^&]*)\\end\{\1\}", r"\2",
+     "an environment"),
+    (r"(.*?[^\s.,;:?\\])\s*(?:[,;:?]|\.(?!\.)|\\{1,2}[,;:!]?)\s*", r"\1",
      "a full stop or another mark closes the sentence, not the answer"),
 )  # fmt: skip
 
@@ -157,7 +159,9 @@ _SPELLINGS = _rules(
     (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])", "", "styles of formulas"),
     (r"(?<=\d)(?:\{,\}|,\\!|\\!,)(?=\d{3}(?!\d))", "", "LaTeX for a comma between thousands"),
     (r"(?<=\d)\{,\}(?=\d)", ".", "LaTeX for a decimal comma"),
+    (r"\\text\s*\{\s*([.,;:])\s*\}", r"\1", "a mark that is set as text"),
     (r"(?<!\\)\{\s*([:;.!])\s*\}", r"\1", "braces that only change the space around a mark"),
+    (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\", "space between the rows of a matrix"),
     (r"(?<!\\)\\!", "", "a negative space"),
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\\[hv]space\*?\{[^{}]*\}", " ", "spaces"),
     (rf"(?<![\d.,_^]){_GROUPED}(?![\d/])(?!\s*\d)", lambda m: re.sub("[ ']", "", m[0]),
@@ -172,6 +176,8 @@ _SPELLINGS = _rules(
      _repeating, "also where dots say that they repeat"),
     (r"(?<![\w.}\\])(\d+\.?\d*|\.\d+)[eE]([-+]?\d+)(?![\w.])",
      lambda m: rf"{m[1]} \times 10^{{{int(m[2])}}}", "1.5e3 is a number; 1.5 e - 3 is not"),
+    (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]*\s*)(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|°)",
+     r"\1\\frac{\2\\pi}{180}", "degrees of a function, which math-verify takes for radians"),
     (r"_\s*\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*([a-z]+)\s*\}\s*\}?",
      lambda m: f"_{{{_BASES[m[1]]}}}" if m[1] in _BASES else m[0], "the base of numerals"),
     (r"\\colon(?![a-z])", ":", "a colon by name"),

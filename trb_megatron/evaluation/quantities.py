@@ -24,7 +24,7 @@ _PLAIN = [
         (r"(?<=\d)(?:\{,\}|\\!?[,!]|,\\!)(?=\d{3})", ","),
         (r"\\!", ""),
         (r"\\[,;: ]|\\q?quad|~", " "),
-        (r"\\?\$|[€£¥₹]", ""),
+        (r"\\?\$|[€£¥₹]|\\pounds\b|^\s*(?:USD|EUR|GBP|Rs\.?)(?=[\s\d])", ""),
         (r"\\%|\bpercent(?:age)?\b|\bpct\b", "%"),
         ("−", "-"),
     )
@@ -44,7 +44,15 @@ _MEASURED = re.compile(
     rf"(?P<expression>[^,;]*\\(?:pi|sqrt)\b[^,;]*?)(?:\s|\\[,;: ]|~)*{_TEXT_COMMAND}"
     r"(?:\s*\^\s*(?:\d|\{\s*\d\s*\}))?"
 )
+_SCIENTIFIC = re.compile(
+    r"(?P<expression>-?[\d.]+\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\d|\{\s*-?\d+\s*\}))\s+(\w+)"
+)
 _LONGEST_QUANTITY = 200  # characters
+
+
+def as_text(answer: str) -> str:
+    """The answer without the commands that set text and upright letters."""
+    return " ".join(TEXT.sub(r"\1", answer).split())
 
 
 def _words(text: str) -> frozenset[str]:
@@ -92,8 +100,9 @@ def rewrite_quantity(answer: str) -> str:
     """
     if len(answer) > _LONGEST_QUANTITY:
         return answer
-    if (measured := _MEASURED.fullmatch(answer)) and _is_unit(f" {measured[2].strip()}"):
-        return measured["expression"]  # 2\pi\text{ cm}
+    for pattern in (_MEASURED, _SCIENTIFIC):  # 2\pi\text{ cm}, 6.02 \times 10^{23} mol
+        if (measured := pattern.fullmatch(answer)) and _is_unit(f" {measured[2].strip()}"):
+            return measured["expression"]
     plain = answer
     for pattern, replacement in _PLAIN:
         plain = pattern.sub(replacement, plain)
