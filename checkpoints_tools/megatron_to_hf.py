@@ -32,6 +32,7 @@ from trb_megatron.checkpoint.megatron_tensors import (
     read_hf_dtypes,
 )
 from trb_megatron.huggingface.tensors import TensorInfo, copy_side_files
+from trb_megatron.huggingface.tokenizer import difference_in_transformers
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -87,6 +88,8 @@ def convert(options: argparse.Namespace) -> None:
         write_shards(partial, infos, tensors.slice, options.max_shard_size)
         copy_side_files(checkpoint / HF_FOLDER, partial)
     print(f"wrote {checkpoint} to {options.output}")
+    if found := difference_in_transformers(options.output):
+        print(f"warning: {found}")
 
 
 if __name__ == "__main__":

@@ -531,6 +531,20 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_prompts.py::test_answers_are_in_all_rows_or_in_none",),
     ),
     Mutant(
+        name="class-before-tokenizer-file",
+        claim="token ids are those of `tokenizer.json`",
+        old="kind = _FileTokenizer if has_file else AutoTokenizer",
+        new="kind = AutoTokenizer",
+        tests=("test_tokenizer.py::test_ids_are_those_of_the_file_whatever_the_class",),
+    ),
+    Mutant(
+        name="long-problems-vanish",
+        claim="problems that are too long count as wrong",
+        old="num_correct = [0] * (len(problems.prompts) + len(problems.too_long))",
+        new="num_correct = [0] * len(problems.prompts)",
+        tests=("test_evaluate.py::test_command_needs_a_model_and_problems_alone",),
+    ),
+    Mutant(
         name="training-asked-of-an-evaluation",
         claim="an evaluation needs a model and problems alone",
         old="if isinstance(config, Config) and config.is_distilling:",

@@ -33,6 +33,7 @@ from trb_megatron.config.values import ConfigError
 from trb_megatron.distributed.layout import ParallelLayout, is_rank_zero, say
 from trb_megatron.evaluation.evaluator import Evaluator, load_problem_sets
 from trb_megatron.evaluation.rewards import RewardWorkers
+from trb_megatron.huggingface.tokenizer import check_ids, difference_in_transformers
 from trb_megatron.models.layers import flash_attention_version
 from trb_megatron.models.pair import Models
 from trb_megatron.models.sources import DTYPES, ModelSources
@@ -51,6 +52,8 @@ from trb_megatron.run.folder import (
     write_run_folder,
 )
 from trb_megatron.update.optimizer import build_optimizer, wrap_student
+
+_NUM_CHECKED_PROMPTS = 1000
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     for name, problems in problem_sets.items():
         for warning in problems.warnings:
             say(f"warning: {name}: {warning}")
+    _check_tokenizers(sources, prompt_set)
 
     models = Models.load(sources, config, layout, say=say)
     _check_counts(plan, models, layout)
@@ -206,6 +210,15 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
         )
         say(f"no rewards during training: {reason}")
     return prompt_set
+
+
+def _check_tokenizers(sources: ModelSources, prompt_set: PromptSet) -> None:
+    """Make sure that both models' files give the prompts' ids; say where transformers doesn't."""
+    prompts = prompt_set.prompts[:_NUM_CHECKED_PROMPTS]
+    texts = [str(sources.tokenizer.decode(list(prompt.token_ids))) for prompt in prompts]
+    check_ids([model.path for model in sources.models.values()], sources.tokenizer, texts)
+    if is_rank_zero() and (found := difference_in_transformers(sources.student.path, texts)):
+        say(f"warning: {found}")
 
 
 def _resume(

@@ -32,6 +32,7 @@ from trb_megatron.checkpoint.folders import written_together
 from trb_megatron.checkpoint.training import save_checkpoint
 from trb_megatron.distributed.layout import is_rank_zero, say
 from trb_megatron.evaluation.evaluator import EvaluationResult
+from trb_megatron.huggingface.tokenizer import difference_in_transformers
 from trb_megatron.job.nonfinite import NonFiniteGuard, find_in_rollouts
 from trb_megatron.job.stopping import StopRequests
 from trb_megatron.models.forward import forward_hidden
@@ -308,3 +309,5 @@ class Trainer:
         with written_together(target, self.config.run.dir):
             save_hf_checkpoint(self.models.student, self.sources.student, self.layout, target)
         say(f"exported the student to {target}")
+        if is_rank_zero() and (found := difference_in_transformers(target)):
+            say(f"warning: {found}")

@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from trb_megatron.huggingface.families import FAMILIES
 from trb_megatron.huggingface.tokenizer import (
+    PROBES,
+    check_ids,
     check_same_tokenizer,
+    difference_in_transformers,
     load_tokenizer,
     stop_ids,
     tokenizer_size,
@@ -70,6 +75,17 @@ def _strip_around_added_token(tokenizer: dict[str, Any]) -> None:
     tokenizer["added_tokens"][1]["lstrip"] = True
 
 
+def _split_digits_in_threes(tokenizer: dict[str, Any]) -> None:
+    tokenizer["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}"}, "behavior": "Isolated",
+             "invert": False},
+            tokenizer["pre_tokenizer"],
+        ],
+    }  # fmt: skip
+
+
 def _ignore_merges(tokenizer: dict[str, Any]) -> None:
     tokenizer["model"]["ignore_merges"] = True
 
@@ -83,7 +99,7 @@ def _ignore_merges(tokenizer: dict[str, Any]) -> None:
         (_normalize, "normalizer 0 is absent for the student and .*NFC"),
         (_add_prefix_space, "pre_tokenizer 0 is .*'add_prefix_space': True"),
         (_strip_around_added_token, "added token 0 is .*im_start.*'lstrip': True"),
-        (_ignore_merges, "model setting .*ignore_merges"),
+        (_split_digits_in_threes, "pre_tokenizer 0 is .*ByteLevel.* and .*Split"),
     ],
 )
 def test_different_tokenizers_are_refused_with_the_first_difference(
@@ -96,6 +112,135 @@ def test_different_tokenizers_are_refused_with_the_first_difference(
     teacher = load_tokenizer(write_tokenizer(tmp_path / "teacher", edit))
     with pytest.raises(ValueError, match=message):
         check_same_tokenizer(tokenizer, teacher)
+
+
+def _trim_offsets(tokenizer: dict[str, Any]) -> None:
+    tokenizer["pre_tokenizer"]["trim_offsets"] = not tokenizer["pre_tokenizer"]["trim_offsets"]
+
+
+def _spell_model_settings(tokenizer: dict[str, Any]) -> None:
+    model = tokenizer["model"]
+    model |= {"continuing_subword_prefix": "", "end_of_word_suffix": "", "dropout": 0.0}
+    model |= {"fuse_unk": True, "byte_fallback": True, "unk_token": "the"}
+
+
+def _nest_steps(tokenizer: dict[str, Any]) -> None:
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [tokenizer["pre_tokenizer"]]}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": []}
+
+
+def _normalize_added_token(tokenizer: dict[str, Any]) -> None:
+    tokenizer["added_tokens"][1]["normalized"] = True
+
+
+def _truncate(tokenizer: dict[str, Any]) -> None:
+    tokenizer["truncation"] = {
+        "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+
+
+HARMLESS = [
+    *(_trim_offsets, _spell_model_settings, _nest_steps, _normalize_added_token, _truncate),
+    _ignore_merges,
+]
+
+
+@pytest.mark.parametrize("edit", HARMLESS)
+def test_spelling_that_changes_no_ids_is_no_difference(
+    tmp_path: Path,
+    write_tokenizer: Callable[..., Path],
+    tokenizer: PreTrainedTokenizerFast,
+    edit: Callable[[dict[str, Any]], None],
+) -> None:
+    folder = write_tokenizer(tmp_path / "teacher", edit)
+    teacher = load_tokenizer(folder)
+    assert teacher.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str()
+    check_same_tokenizer(tokenizer, teacher)
+    check_ids([folder], tokenizer, [*PROBES, "the cat" * 20])
+
+
+def _forget_last_merge(tokenizer: dict[str, Any]) -> None:
+    tokenizer["model"]["merges"].pop()
+
+
+def test_ignored_merges_matter_if_they_do_not_make_every_token(
+    tmp_path: Path, write_tokenizer: Callable[..., Path]
+) -> None:
+    def ignore(tokenizer: dict[str, Any]) -> None:
+        _forget_last_merge(tokenizer)
+        _ignore_merges(tokenizer)
+
+    student = load_tokenizer(write_tokenizer(tmp_path / "student", _forget_last_merge))
+    teacher = load_tokenizer(write_tokenizer(tmp_path / "teacher", ignore))
+    with pytest.raises(ValueError, match=r"model setting .*ignore_merges"):
+        check_same_tokenizer(student, teacher)
+
+
+# ---------------------------------------------------------------- the file decides
+
+
+def _lower(tokenizer: dict[str, Any]) -> None:
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+
+
+EDITS = (_split_digits_in_threes, _lower, _add_prefix_space, _normalize, lambda tokenizer: None)
+CLASSES = ("PreTrainedTokenizerFast", "Qwen2Tokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", None)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("edit", EDITS)
+def test_ids_are_those_of_the_file_whatever_the_class(
+    tmp_path: Path,
+    write_tokenizer: Callable[..., Path],
+    edit: Callable[[dict[str, Any]], None],
+    family: str,
+) -> None:
+    """Also where a special token of tokenizer_config.json is an ordinary word of the file."""
+    for number, name in enumerate(CLASSES):
+        options = {"tokenizer_class": name, "pad_token": "the", "bos_token": "<|im_start|>"}
+        folder = write_tokenizer(tmp_path / str(number), edit, **options)
+        (folder / "config.json").write_text(json.dumps({"model_type": family}))
+        of_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = load_tokenizer(folder)
+        for text in (*PROBES, "<|im_start|>user\nthe 1234567 THE<|im_end|>"):
+            expected = of_file.encode(text, add_special_tokens=False).ids
+            assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+        assert tokenizer.bos_token_id == of_file.token_to_id("<|im_start|>")
+        check_ids([folder], tokenizer, list(PROBES))
+
+
+def test_what_transformers_reads_differently_is_said(
+    tmp_path: Path, write_tokenizer: Callable[..., Path]
+) -> None:
+    folder = write_tokenizer(tmp_path / "lower", _lower, tokenizer_class="Qwen2Tokenizer")
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    found = difference_in_transformers(folder)
+    assert found is not None
+    assert f"reads other ids from {folder} than tokenizer.json says: Qwen2Tokenizer gives" in found
+    plain = write_tokenizer(tmp_path / "plain")
+    (plain / "config.json").write_text('{"model_type": "llama"}')
+    assert difference_in_transformers(plain, ["the cat"]) is None
+
+
+def test_other_ids_of_a_folder_are_refused(
+    tmp_path: Path, write_tokenizer: Callable[..., Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = write_tokenizer(tmp_path / "other", _add_prefix_space)
+    with pytest.raises(ValueError, match=r"other/tokenizer\.json gives \d+ other ids .* for 'the'"):
+        check_ids([folder], tokenizer, ["the"])
+
+
+@pytest.mark.parametrize(("token", "token_id"), [("<think>", "289"), ("the", "3")])
+def test_tokens_that_only_the_configuration_adds_are_refused(
+    tmp_path: Path, write_tokenizer: Callable[..., Path], token: str, token_id: str
+) -> None:
+    folder = write_tokenizer(
+        tmp_path / "added", added_tokens_decoder={token_id: {"content": token, "special": False}}
+    )
+    with pytest.raises(
+        ValueError, match=f"added_tokens_decoder has '{token}' as id {token_id}, but"
+    ):
+        load_tokenizer(folder)
 
 
 def test_tokenizer_size_is_the_highest_id_plus_one(

@@ -1,32 +1,70 @@
-"""Tokenizers of model folders: loading, comparing, and the ids that end a response."""
+"""Tokenizers of model folders: loading, comparing, and the ids that end a response.
+
+The tokenizer of a folder is its `tokenizer.json`, whatever class its other files name.
+"""
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trb_megatron.huggingface.formats import refuse_other_formats
 from trb_megatron.huggingface.tensors import read_json
 
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class _FileTokenizer(PreTrainedTokenizerFast):
+    """`tokenizer.json` as it is, with the chat templates and special tokens of other files.
+
+    The classes that `AutoTokenizer` chooses by `model_type` and `tokenizer_class` may put another
+    normalizer or pre-tokenizer in place of the file's.
+    """
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Add none: a special token of another file would cut words that hold it."""
+        return 0
+
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a model folder; nothing is downloaded and no code of it runs.
+
+    Its ids are those of `tokenizers.Tokenizer.from_file`. A folder without a `tokenizer.json`
+    has what transformers makes of its other files.
 
     Raises ValueError naming the folder when there is none that can be loaded, or when its weights
     have another format than safetensors: their folder often has no tokenizer, either.
     """
     refuse_other_formats(Path(path))
+    has_file = (Path(path) / TOKENIZER_FILE).is_file()
+    kind = _FileTokenizer if has_file else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise ValueError(f"{path}: the tokenizer cannot be loaded: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{path}: needs a fast tokenizer (a tokenizer.json)")
+        raise ValueError(f"{path}: needs a fast tokenizer (a {TOKENIZER_FILE})")
+    if has_file:
+        _check_added_tokens(Path(path), tokenizer.get_vocab())
     return tokenizer
+
+
+def _check_added_tokens(path: Path, vocabulary: dict[str, int]) -> None:
+    """Refuse tokens of tokenizer_config.json that the tokenizer doesn't have, or elsewhere."""
+    file = path / "tokenizer_config.json"
+    added = read_json(file).get("added_tokens_decoder", {}) if file.is_file() else {}
+    for token_id, token in added.items():
+        content = token["content"] if isinstance(token, dict) else token
+        if str(vocabulary.get(content)) != token_id:
+            raise ValueError(
+                f"{file}: added_tokens_decoder has {content!r} as id {token_id}, but in "
+                f"{TOKENIZER_FILE} it is {vocabulary.get(content, 'absent')}; save the tokenizer "
+                "again by save_pretrained() of transformers"
+            )
 
 
 def tokenizer_size(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -73,9 +111,9 @@ def check_same_tokenizer(
     _check_same_vocabulary(student, teacher)
     ours, theirs = map(json.loads, texts)
     _check_same_part("merge or score", _merges_or_scores(ours), _merges_or_scores(theirs))
-    _check_same_part("model setting", _model_settings(ours), _model_settings(theirs))
+    _check_same_part("model setting", _model_settings(student), _model_settings(teacher))
     for part in ("normalizer", "pre_tokenizer"):
-        _check_same_part(part, [ours[part]], [theirs[part]])
+        _check_same_part(part, _steps(ours[part]), _steps(theirs[part]))
     special = {*student.all_special_tokens, *teacher.all_special_tokens}
     _check_same_part("added token", _added_tokens(ours, special), _added_tokens(theirs, special))
 
@@ -113,19 +151,110 @@ def _merges_or_scores(tokenizer: dict[str, Any]) -> list[Any]:
     return model["vocab"] if model["type"] == "Unigram" else model.get("merges", [])
 
 
-def _model_settings(tokenizer: dict[str, Any]) -> list[Any]:
-    settings = tokenizer["model"]
-    return sorted((k, v) for k, v in settings.items() if k not in ("vocab", "merges"))
+def _model_settings(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
+    """The settings of a model that change ids, by name."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocabulary = tokenizer.get_vocab()
+    # A field that is absent, null, false, 0 or empty switches nothing on.
+    settings = {k: v for k, v in model.items() if k not in ("vocab", "merges") and v}
+    if "<0x00>" not in vocabulary:
+        settings.pop("byte_fallback", None)
+    if set(pre_tokenizers.ByteLevel.alphabet()) <= vocabulary.keys() and model["type"] == "BPE":
+        # Nothing is unknown.
+        settings.pop("unk_token", None)
+    if "unk_token" not in settings:
+        settings.pop("fuse_unk", None)
+    if settings.get("ignore_merges") and _merges_make_every_token(tokenizer):
+        del settings["ignore_merges"]
+    return sorted(settings.items())
+
+
+def _merges_make_every_token(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether each word that is a token becomes it by merges, too."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merging = Tokenizer.from_str(
+        json.dumps(
+            {"version": "1.0", "added_tokens": [], "model": {**model, "ignore_merges": False}}
+        )
+    ).model
+    return all(len(merging.tokenize(token)) == 1 for token in model["vocab"] if token)
+
+
+def _steps(part: dict[str, Any] | None) -> list[Any]:
+    """The steps of a normalizer or pre-tokenizer in a row, as far as they change ids."""
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        inner = part.get("normalizers", part.get("pretokenizers", []))
+        return [step for one in inner for step in _steps(one)]
+    return [{key: value for key, value in part.items() if key != "trim_offsets"}]
 
 
 def _added_tokens(tokenizer: dict[str, Any], special: set[str]) -> list[Any]:
     """The added tokens, without those that only a choice of special tokens makes added."""
-    ignored = ("id", "special")
+    ignored = ["id", "special"]
+    if not _steps(tokenizer["normalizer"]):
+        ignored.append("normalized")
     return [
         {key: value for key, value in token.items() if key not in ignored}
         for token in sorted(tokenizer["added_tokens"], key=lambda token: token["id"])
         if token["content"] not in special
     ]
+
+
+# Digits, blanks, accents (one of them as a mark of its own), signs, scripts and code: the places
+# in which normalizers and pre-tokenizers differ.
+PROBES = (
+    *("1234567 + 89 = ?", "3.14159e-05, 1,000,000 €", "  two  blanks\t\ttabs\n\n\nlines \r\n"),
+    *("It's I'LL don't we've", "café cafe\u0301 ½ ﬁ №", "你好 世界 こんにちは", "العربية עברית"),
+    *("🙂👩‍🔬", "def f(x):\n    return {'a': x_1 ** 2}  # ok", "\\frac{1}{2} \\boxed{18}"),
+)
+
+
+def check_ids(paths: Sequence[Path], tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
+    """Check that `tokenizer` gives the ids that the `tokenizer.json` of each folder gives.
+
+    Raises ValueError naming the folder and the first text whose ids differ.
+    """
+    ours = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    for path in paths:
+        if not (path / TOKENIZER_FILE).is_file():
+            continue
+        of_file = Tokenizer.from_file(str(path / TOKENIZER_FILE))
+        of_file.no_truncation()
+        of_file.no_padding()
+        theirs = of_file.encode_batch(texts, add_special_tokens=False)
+        for text, ids, encoding in zip(texts, ours, theirs, strict=True):
+            if ids != encoding.ids:
+                raise ValueError(
+                    f"{path / TOKENIZER_FILE} gives {len(encoding.ids)} other ids than the "
+                    f"student's tokenizer, which gives {len(ids)}, for {text[-60:]!r}"
+                )
+
+
+def difference_in_transformers(path: Path, texts: Sequence[str] = ()) -> str | None:
+    """How transformers' own reading of a folder gives other ids than `tokenizer.json`, if it does.
+
+    Args:
+        texts: on which ids are compared, besides some that are hard to tokenize.
+    """
+    if not (path / TOKENIZER_FILE).is_file():
+        return None
+    ours = load_tokenizer(path)
+    theirs = AutoTokenizer.from_pretrained(
+        str(path), local_files_only=True, trust_remote_code=False
+    )
+    for text in (*PROBES, *texts):
+        ids = [
+            t(text, add_special_tokens=False, verbose=False)["input_ids"] for t in (ours, theirs)
+        ]
+        if ids[0] != ids[1]:
+            return (
+                f"transformers' AutoTokenizer reads other ids from {path} than {TOKENIZER_FILE} "
+                f"says: {type(theirs).__name__} gives {len(ids[1])} instead of {len(ids[0])} for "
+                f"{text[:40]!r}; there, load it by PreTrainedTokenizerFast.from_pretrained(...)"
+            )
+    return None
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:

@@ -99,8 +99,11 @@ class ModelSources:
         return self.alignment.student_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a response, without special tokens."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        """Text of a response, without special tokens and the stop id at its end."""
+        ids = list(token_ids)
+        if ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _check_lengths(
