@@ -257,7 +257,10 @@ class Evaluator:
             return []
         prompts = [problems.prompts[rollout.prompt_index] for rollout in rollouts]
         texts = [self.sources.decode(rollout.response_ids) for rollout in rollouts]
-        grades = self.rewards.grade(texts, [prompt.answer or () for prompt in prompts])
+        grades = self.rewards.grade(
+            [self.sources.decode_to_grade(r.prompt_ids, r.response_ids) for r in rollouts],
+            [prompt.answer or () for prompt in prompts],
+        )
         responses = [
             GradedResponse(prompt, rollout.rollout_index, text, rollout, grade)
             for prompt, rollout, text, grade in zip(prompts, rollouts, texts, grades, strict=True)
