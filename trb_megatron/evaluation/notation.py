@@ -180,6 +180,8 @@ _SPELLINGS = _rules(
      r"\1\\frac{\2\\pi}{180}", "degrees of a function, which math-verify takes for radians"),
     (r"_\s*\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*([a-z]+)\s*\}\s*\}?",
      lambda m: f"_{{{_BASES[m[1]]}}}" if m[1] in _BASES else m[0], "the base of numerals"),
+    (r"(?<![\\A-Za-z])(sin|cos|tan|cot|csc|ln|log|exp|pi)(?![A-Za-z])", r"\\\1 ",
+     "functions and pi without a backslash"),
     (r"\\colon(?![a-z])", ":", "a colon by name"),
     (r"\\varnothing|\\empty(?![a-z])|\\\{\s*\\\}", r"\\emptyset", "names of the empty set"),
     (r",?\s*\\(?:text|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}\s*", ", ", "the answers of a list"),
