@@ -526,8 +526,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="unfinished-thinking-is-an-answer",
         claim="729 pairs of right answer and response are graded as a person would",
-        old="if not last_tag[1]:",
-        new="if last_tag is None:",
+        old="if not tags[-1][1]:",
+        new="if tags is None:",
         tests=("test_grading.py::test_final_answer_is_the_last_box_or_mark",),
     ),
     Mutant(

@@ -153,6 +153,7 @@ def test_order_counts_in_brackets_and_not_in_sets() -> None:
         (r"\boxed{1} \boxed{\frac{1}{2}", None),
         (r"\boxed{1} \boxed", None),
         ("<think>1", None),
+        (r"<think>\boxed{1}", None),
         ("<think>1</think>", None),
         (r"<think>\boxed{1}</think> \boxed{2}", "2"),
         (r"\boxed{1}</think> \boxed{2}", "2"),

@@ -42,12 +42,10 @@ def find_answer(response: str) -> FinalAnswer | None:
     neither is thinking that does not end.
     """
     text = plain_characters(response)
-    for tag in _THINKING.finditer(text):
-        last_tag = tag
-    if _THINKING.search(text):
-        if not last_tag[1]:
+    if tags := list(_THINKING.finditer(text)):
+        if not tags[-1][1]:
             return None
-        text = text[last_tag.end() :]
+        text = text[tags[-1].end() :]
     is_marked = False
     for tag in _TAG.finditer(text):
         if tag[2] is None:
