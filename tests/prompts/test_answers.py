@@ -211,7 +211,7 @@ def test_tabs_and_newlines_of_other_texts_pass_quietly(load: Load) -> None:
 
 
 def test_real_problems_pass_quietly(load: Load, shared_data: Path) -> None:
-    for name, prompt in (("gsm8k/test.jsonl", "question"), ("math500/test.json", "problem")):
+    for name, prompt in (("gsm8k/test.jsonl", "question"), ("math500/test.json", "prompt")):
         text = (shared_data / name).read_text()
         rows = json.loads(text) if name.endswith(".json") else map(json.loads, text.splitlines())
         read = load("".join(json.dumps({"prompt": r[prompt], "answer": "1"}) + "\n" for r in rows))
