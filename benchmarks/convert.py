@@ -28,6 +28,7 @@ import torch
 from transformers import Qwen3Config
 
 from trb_megatron.huggingface.config import read_hf_config
+from trb_megatron.huggingface.model_tensors import expected_tensors
 from trb_megatron.huggingface.param_mapping import stored_params
 from trb_megatron.huggingface.tensors import (
     HFTensors,
@@ -37,7 +38,6 @@ from trb_megatron.huggingface.tensors import (
     shard_name,
     write_index,
 )
-from trb_megatron.models.weights import expected_tensors
 
 ALLOWANCE_BYTES = 512 * 10**6
 HIDDEN_SIZE, VOCAB_SIZE, LAYER_GIGABYTES = 2048, 151_936, 0.1007
@@ -132,7 +132,7 @@ def write_synthetic(folder: Path, gigabytes: float) -> Path:
     vocabulary = models.WordLevel({"<eos>": 0, "word": 1}, unk_token="word")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary), eos_token="<eos>")
     tokenizer.save_pretrained(folder)
-    expected = expected_tensors(read_hf_config(folder), VOCAB_SIZE)
+    expected = expected_tensors(read_hf_config(folder))
     infos = [TensorInfo(name, torch.bfloat16, shape) for name, shape in expected.items()]
     shards = plan_shards(infos, 10**9)
     for i, shard in enumerate(shards):

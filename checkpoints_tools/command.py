@@ -13,9 +13,12 @@ import torch
 from tqdm import tqdm
 
 import trb_megatron.distributed.layout  # noqa: F401  (silences Megatron's import warnings)
+from trb_megatron.huggingface.config import HFModelConfig
 from trb_megatron.huggingface.kinds import Shape, TensorSlice
+from trb_megatron.huggingface.model_tensors import open_model
 from trb_megatron.huggingface.param_mapping import MappedParam
 from trb_megatron.huggingface.tensors import (
+    HFTensors,
     ShardWriter,
     TensorInfo,
     plan_shards,
@@ -63,6 +66,29 @@ def parse_size(text: str) -> int:
             f"{text!r} is not a size; write a number and one of {', '.join(_UNITS)}"
         )
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_count(text: str) -> int:
+    """A number of ranks.
+
+    Raises:
+        argparse.ArgumentTypeError: not a whole number of at least 1.
+    """
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of ranks; write 1 or more")
+    return int(text)
+
+
+def open_weights(config: HFModelConfig) -> HFTensors:
+    """The tensors of a model's folder; warns of those that the model has no use for.
+
+    Raises:
+        CheckpointError: a folder that the model cannot be read from (see `open_model`).
+    """
+    tensors, warnings = open_model(config)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return tensors
 
 
 def run(command: Callable[[argparse.Namespace], Any], options: argparse.Namespace) -> None:

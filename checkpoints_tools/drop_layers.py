@@ -26,19 +26,14 @@ import torch
 from checkpoints_tools.command import (
     add_conversion_options,
     add_shard_size_option,
+    open_weights,
     run,
     write_shards,
 )
 from trb_megatron.atomic_folder import new_folder
 from trb_megatron.huggingface.config import read_hf_config
 from trb_megatron.huggingface.families import HF_LAYER
-from trb_megatron.huggingface.tensors import (
-    HFTensors,
-    TensorInfo,
-    copy_side_files,
-    read_json,
-)
-from trb_megatron.models.weights import expected_tensors
+from trb_megatron.huggingface.tensors import TensorInfo, copy_side_files, read_json
 
 _LAYER = re.compile(re.escape(HF_LAYER).replace(r"\{i\}", r"(\d+)"))
 
@@ -125,8 +120,7 @@ def drop(options: argparse.Namespace) -> None:
             that exists, a full disk.
     """
     config = read_hf_config(options.source)
-    tensors = HFTensors(options.source)
-    tensors.check(expected_tensors(config, config.vocab_size))
+    tensors = open_weights(config)
     dtypes = tensors.dtypes(tensors.names)
     if options.layers is not None:
         kept = spread_evenly(options.layers, config.num_layers)
@@ -134,10 +128,10 @@ def drop(options: argparse.Namespace) -> None:
         kept = leave_out(options.drop, config.num_layers)
     source_of = renumber(tensors.names, kept)
     infos = [
-        TensorInfo(name, dtypes[source], tuple(tensors.slice(source).get_shape()))
+        TensorInfo(name, dtypes[source], tensors.shape(source))
         for name, source in source_of.items()
     ]
-    before = sum(torch.Size(tensors.slice(name).get_shape()).numel() for name in tensors.names)
+    before = sum(torch.Size(tensors.shape(name)).numel() for name in tensors.names)
     after = sum(torch.Size(info.shape).numel() for info in infos)
     print(
         f"keeps layers {', '.join(map(str, kept))} of {config.num_layers}: {after:,} of "

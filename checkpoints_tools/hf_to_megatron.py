@@ -14,8 +14,6 @@ is complete.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from checkpoints_tools.command import (
@@ -23,6 +21,8 @@ from checkpoints_tools.command import (
     Progress,
     add_conversion_options,
     num_bytes,
+    open_weights,
+    parse_count,
     print_plan,
     run,
 )
@@ -31,10 +31,9 @@ from trb_megatron.checkpoint.checksums import write_sums
 from trb_megatron.checkpoint.megatron_tensors import carry_hf_files
 from trb_megatron.checkpoint.tensor_writer import stored_dtypes, write_checkpoint
 from trb_megatron.huggingface.config import check_layout, padded_vocab_size, read_hf_config
+from trb_megatron.huggingface.model_tensors import expected_tensors
 from trb_megatron.huggingface.param_mapping import stored_params
-from trb_megatron.huggingface.tensors import CheckpointError, HFTensors
 from trb_megatron.huggingface.tokenizer import check_tokenizer_fits
-from trb_megatron.models.weights import expected_tensors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,41 +47,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="Megatron checkpoint folder to write")
     parser.add_argument(
         "--tensor-parallel",
-        type=int,
+        type=parse_count,
         default=1,
         metavar="N",
         help="ranks that the checkpoint is cut for; any other number can read it, too (default: 1)",
     )
     parser.add_argument(
         "--pipeline-parallel",
-        type=int,
+        type=parse_count,
         default=1,
         metavar="N",
         help="check that the model can be cut so; it leaves no trace in the files (default: 1)",
     )
-    parser.add_argument(
-        "--strict", action="store_true", help="refuse tensors that the model has no use for"
-    )
     add_conversion_options(parser)
     run(convert, parser.parse_args(arguments))
-
-
-def check_extra_tensors(
-    tensors: HFTensors, expected: Mapping[str, object], *, strict: bool
-) -> None:
-    """Name the tensors that would be left behind.
-
-    Raises:
-        CheckpointError: there are some, and `strict` is set.
-    """
-    extra = sorted(tensors.names - set(expected))
-    if not extra:
-        return
-    shown = ", ".join(extra[:5]) + (", ..." if len(extra) > 5 else "")
-    message = f"{tensors.path}: {len(extra)} tensors are no part of the model: {shown}"
-    if strict:
-        raise CheckpointError(f"{message}; leave out --strict to convert without them")
-    print(f"warning: {message}; they are left out", file=sys.stderr)
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -96,11 +74,8 @@ def convert(options: argparse.Namespace) -> None:
     check_tokenizer_fits(options.source, config.vocab_size)
     vocab_size = padded_vocab_size([config.vocab_size], options.tensor_parallel)
     params = stored_params(config.family, config.shape(vocab_size))
-    tensors = HFTensors(options.source)
-    expected = expected_tensors(config, vocab_size)
-    tensors.check(expected)
-    check_extra_tensors(tensors, expected, strict=options.strict)
-    dtypes = stored_dtypes(params.values(), tensors.dtypes(expected))
+    tensors = open_weights(config)
+    dtypes = stored_dtypes(params.values(), tensors.dtypes(expected_tensors(config)))
     block_bytes = [
         num_bytes(chunk.sizes, dtypes[chunk.key])
         for param in params.values()
@@ -113,7 +88,7 @@ def convert(options: argparse.Namespace) -> None:
         new_folder(options.output, overwrite=options.overwrite) as partial,
         Progress(sum(block_bytes)) as progress,
     ):
-        carry_hf_files(options.source, expected, partial)
+        carry_hf_files(config, partial)
         write_checkpoint(
             partial,
             params,

@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 
-from checkpoints_tools.command import num_bytes, run
+from checkpoints_tools.command import num_bytes, open_weights, run
 from checkpoints_tools.megatron_to_hf import find_source
 from trb_megatron.checkpoint.megatron_tensors import HF_FOLDER, open_megatron_checkpoint
 from trb_megatron.checkpoint.safe_loading import INDEX_FILE
 from trb_megatron.huggingface.config import HFModelConfig, read_hf_config
 from trb_megatron.huggingface.kinds import Shape
-from trb_megatron.huggingface.tensors import HFTensors
+from trb_megatron.huggingface.model_tensors import expected_tensors
 from trb_megatron.huggingface.tokenizer import check_tokenizer_fits, stop_ids, tokenizer_size
-from trb_megatron.models.weights import expected_tensors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,9 +83,8 @@ def inspect(options: argparse.Namespace) -> None:
 
 def _hf_tensors(folder: Path) -> dict[str, tuple[Shape, torch.dtype]]:
     config = read_hf_config(folder)
-    tensors = HFTensors(folder)
-    expected = expected_tensors(config, config.vocab_size)
-    tensors.check(expected)
+    tensors = open_weights(config)
+    expected = expected_tensors(config)
     dtypes = tensors.dtypes(expected)
     return {name: (shape, dtypes[name]) for name, shape in expected.items()}
 

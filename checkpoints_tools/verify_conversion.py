@@ -31,16 +31,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoints_tools.command import PARALLEL_OPTIONS, run
+from checkpoints_tools.command import PARALLEL_OPTIONS, parse_count, run
 from trb_megatron.batch import Microbatch
 from trb_megatron.config.options import ParallelConfig
-from trb_megatron.distributed.layout import ParallelLayout, initialize, is_rank_zero, shutdown
+from trb_megatron.distributed.layout import ParallelLayout, initialize, say, shutdown
 from trb_megatron.huggingface.config import (
     HFModelConfig,
     check_layout,
     padded_vocab_size,
     read_hf_config,
 )
+from trb_megatron.huggingface.model_tensors import is_left_out, open_model
+from trb_megatron.huggingface.tensors import CheckpointError
 from trb_megatron.huggingface.tokenizer import check_tokenizer_fits
 
 if TYPE_CHECKING:
@@ -112,8 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("source", type=Path, help="HF checkpoint folder")
     parser.add_argument("--megatron", type=Path, help="converted checkpoint that Megatron reads")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N")
-    parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="N")
+    parser.add_argument("--tensor-parallel", type=parse_count, default=1, metavar="N")
+    parser.add_argument("--pipeline-parallel", type=parse_count, default=1, metavar="N")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--prompts", type=Path, help="text file with one prompt on each line")
     parser.add_argument("--new-tokens", type=int, default=16, metavar="N")
@@ -142,6 +144,8 @@ def verify(options: argparse.Namespace) -> None:
         ValueError, OSError: a checkpoint, layout, option or prompt file that cannot be used.
     """
     limit = read_limit(options)
+    if options.new_tokens < 0:
+        raise ValueError(f"--new-tokens {options.new_tokens}: must not be negative")
     layout = initialize(
         ParallelConfig(
             tensor_model_parallel_size=options.tensor_parallel,
@@ -155,9 +159,10 @@ def verify(options: argparse.Namespace) -> None:
         )
     config = read_hf_config(options.source)
     check_layout([config], layout.tp_size, layout.pp_size, PARALLEL_OPTIONS)
+    _, warnings = open_model(config)  # with --megatron, too: transformers reads this folder
+    for warning in warnings:
+        say(f"warning: {warning}")
     tokenizer = check_tokenizer_fits(options.source, config.vocab_size)
-    if options.new_tokens < 0:
-        raise ValueError(f"--new-tokens {options.new_tokens}: must not be negative")
     prompts = read_prompts(options.prompts)
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
     longest = max(map(len, prompt_ids)) + options.new_tokens
@@ -167,8 +172,7 @@ def verify(options: argparse.Namespace) -> None:
             f"most the {config.max_positions} positions of the model; the longest takes {longest}"
         )
     if options.dry_run:
-        if is_rank_zero():
-            print(f"would compare {config.family} on {len(prompts)} prompts, {longest} tokens long")
+        say(f"would compare {config.family} on {len(prompts)} prompts, {longest} tokens long")
         return
 
     model = load_megatron(options, config, layout)
@@ -247,12 +251,26 @@ def load_megatron(
 
 
 def load_transformers(source: Path, dtype: torch.dtype) -> Any:
-    """transformers' model of the HF folder, greedy; none of the folder's code runs."""
+    """transformers' model of the HF folder, greedy; none of the folder's code runs.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or begins with other weights than the folder's
+            or leaves some of them out that would change the logits.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, local_files_only=True, trust_remote_code=False
-    ).eval()
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, found = load(source, dtype=dtype, output_loading_info=True, **safe)
+    except Exception as error:  # of any type, from a broken file on
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{source}: transformers cannot load it: {reason}") from error
+    left_out = {name for name in found["unexpected_keys"] if not is_left_out(name)}
+    for what, names in (("misses", found["missing_keys"]), ("leaves out", left_out)):
+        if names:
+            raise CheckpointError(f"{source}: transformers {what} {', '.join(sorted(names))}")
+    model.eval()
     # Without the folder's own stop ids, penalties and sampling.
     model.generation_config = GenerationConfig()
     return model

@@ -69,7 +69,8 @@ These are refused at the start:
 - **Layout.** `parallel.sequence_parallel=true` with a tensor parallel size of 1. A number of
   ranks that is no multiple of tensor × pipeline parallel size. A step with fewer responses than
   data-parallel replicas.
-- **Data.** `data.system_prompt` with `data.apply_chat_template=false`.
+- **Data.** `data.system_prompt` or `data.chat_template_kwargs` with
+  `data.apply_chat_template=false`.
 - **Lengths.** `data.max_prompt_tokens` + `max_response_tokens` (of `rollout` or `evaluation`)
   beyond the positions of a model.
 - **Memory.** A `rollout.cache_gb` that holds less than one sequence. A run that does not fit the
@@ -156,6 +157,8 @@ def _describe(annotation: Any, metadata: list[Any]) -> str:
         element = _describe(get_args(annotation)[0], [])
         return f"list of different {element.replace('number', 'numbers', 1)}"
     if get_origin(annotation) is dict:
+        if not _models_in(annotation):
+            return "mapping of names to text, numbers, `true`, `false` or `null`"
         return "sections by name (letters, digits, `_`, `-`)"
     alternatives = [part for part in get_args(annotation) if part is not NoneType]
     if alternatives:

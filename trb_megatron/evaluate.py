@@ -186,9 +186,8 @@ def _describe(config: JobConfig, evaluator: Evaluator) -> Iterator[str]:
     data, evaluation = config.data, evaluator.config
     for name, problems in evaluator.problem_sets.items():
         too_long = len(problems.too_long)
-        num_problems = len(problems.prompts) + too_long
-        yield f"{name}: {num_problems:,} problems from {evaluation.sets[name].path}" + (
-            f", {too_long:,} longer than {config.longest_problem(name):,} tokens count as wrong"
+        yield f"{name}: {problems.summary}" + (
+            f"; {too_long:,} longer than {config.longest_problem(name):,} tokens count as wrong"
             if too_long
             else ""
         )
@@ -200,6 +199,7 @@ def _describe(config: JobConfig, evaluator: Evaluator) -> Iterator[str]:
             yield f"{own}in the student's chat template, without a system prompt of ours"
         else:
             yield f"{own}in the student's chat template, system prompt '{prompt}'"
+        yield f"{own}{problems.describe_first()}"
     samples = evaluation.samples
     yield (
         f"responses: {samples} per problem, temperature {evaluation.temperature:g}, at most "

@@ -27,9 +27,9 @@ from trb_megatron.checkpoint.training import (
     load_checkpoint,
 )
 from trb_megatron.config.conflicts import config_warnings
-from trb_megatron.config.options import AUTO_ANSWER_COLUMN, Config
+from trb_megatron.config.data_options import AUTO_ANSWER_COLUMN
+from trb_megatron.config.options import Config
 from trb_megatron.config.reading import parse_config
-from trb_megatron.config.values import ConfigError
 from trb_megatron.distributed.layout import ParallelLayout, is_rank_zero, say
 from trb_megatron.evaluation.evaluator import Evaluator, load_problem_sets
 from trb_megatron.evaluation.rewards import RewardWorkers
@@ -51,6 +51,7 @@ from trb_megatron.run.folder import (
     lock_run_folder,
     write_run_folder,
 )
+from trb_megatron.run.inputs import check_same_inputs, digest_inputs
 from trb_megatron.update.optimizer import build_optimizer, wrap_student
 
 _NUM_CHECKED_PROMPTS = 1000
@@ -99,6 +100,7 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     prompt_set = _read_prompts(config, sources)
     problem_sets = load_problem_sets(config, sources.tokenizer)
     for name, problems in problem_sets.items():
+        say(f"problems {name}: {problems.summary}; {len(problems.too_long):,} too long")
         for warning in problems.warnings:
             say(f"warning: {name}: {warning}")
     _check_tokenizers(sources, prompt_set)
@@ -124,7 +126,8 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
         )
 
     lock = lock_run_folder(config.run.dir, say=say)
-    state = _resume(config, prompt_set, student_ddp, optimizer)
+    inputs = digest_inputs(config, sources, prompt_set, problem_sets)
+    state = _resume(config, inputs, student_ddp, optimizer)
     write_run_folder(config)
     policy = policy_at(state.step, config, sources, layout)
     if config.rollout.draft_tokens == "auto" and policy.needs_teacher:
@@ -183,6 +186,8 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
         PromptSource(
             path=data.path,
             format=data.format,
+            split=data.split,
+            default_split="train",
             columns=Columns(
                 data.prompt_column,
                 AUTO_ANSWER_COLUMN if finds_answers else data.answer_column,
@@ -191,14 +196,16 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
             needs_answers=not finds_answers,
             system_prompt=data.system_prompt,
             apply_chat_template=data.apply_chat_template,
+            chat_template_kwargs=data.chat_template_kwargs,
             max_prompt_tokens=data.max_prompt_tokens,
         ),
         sources.tokenizer,
     )
     say(
-        f"prompts: {len(prompt_set.prompts):,} from {data.path}, {len(prompt_set.too_long):,} "
-        f"longer than {data.max_prompt_tokens} tokens dropped"
+        f"prompts: {prompt_set.summary}; {len(prompt_set.too_long):,} dropped, longer than "
+        f"data.max_prompt_tokens={data.max_prompt_tokens}"
     )
+    say(prompt_set.describe_first())
     for warning in prompt_set.warnings:
         say(f"warning: {warning}")
     if config.is_distilling and prompt_set.prompts[0].answer is None:
@@ -223,14 +230,14 @@ def _check_tokenizers(sources: ModelSources, prompt_set: PromptSet) -> None:
 
 def _resume(
     config: Config,
-    prompt_set: PromptSet,
+    inputs: dict[str, str],
     student: DistributedDataParallel,
     optimizer: MegatronOptimizer,
 ) -> TrainingState:
     """Continue from the newest good checkpoint of the run's folder, if there is one.
 
     Raises:
-        ConfigError: it belongs to a run with another configuration or other prompts.
+        ConfigError: it belongs to a run with another configuration, or that read something else.
         TrainingCheckpointError: there are checkpoints, and none can be used; or their run draws
             tokens by another rule.
     """
@@ -241,7 +248,7 @@ def _resume(
             prompt_position=0,
             num_skipped=0,
             evaluation_is_due=config.evaluation.at_start,
-            data_fingerprint=prompt_set.fingerprint,
+            inputs=inputs,
             config=config.model_dump(mode="json"),
             sampling=sampling.RULE,
         )
@@ -253,15 +260,12 @@ def _resume(
             "with the version that began it, or export it (megatron_to_hf) and start another "
             "run.dir from that student"
         )
-    check_same_run(checkpoint, parse_config(state.config), config)
-    if state.data_fingerprint != prompt_set.fingerprint:
-        raise ConfigError(
-            f"{config.data.path}: these are not the prompts that {checkpoint} was trained on; "
-            "restore them or choose another run.dir"
-        )
+    saved = parse_config(state.config)
+    check_same_run(checkpoint, saved, config)
+    check_same_inputs(checkpoint, state.inputs, inputs, before=saved, after=config)
     load_checkpoint(checkpoint, student, optimizer)
     say(f"resumed from {checkpoint}")
-    return dataclasses.replace(state, config=config.model_dump(mode="json"))
+    return dataclasses.replace(state, config=config.model_dump(mode="json"), inputs=inputs)
 
 
 def _draft_costs(

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import inspect_checkpoint, megatron_to_hf
 from tests.layouts import write_inputs
@@ -240,30 +241,76 @@ def test_failed_save_leaves_the_last_checkpoint_and_names_it(
     assert not list((undisturbed / "checkpoints").glob("*.partial"))
 
 
+def _other_prompts(folder: Path) -> str:
+    prompts = (folder / "prompts.jsonl").read_text()
+    (folder / "other.jsonl").write_text(prompts.replace("1+2=?", "2+1=?"))
+    return f"data.path={folder}/other.jsonl"
+
+
+def _other_weights(folder: Path) -> str:
+    """One value of one tensor is another, in a file of the same size."""
+    shutil.copytree(folder / "teacher", folder / "other-teacher")
+    file = folder / "other-teacher" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] += 0.25
+    save_file(tensors, file, metadata={"format": "pt"})
+    return f"teacher.path={folder}/other-teacher"
+
+
+def _other_config(folder: Path) -> str:
+    shutil.copytree(folder / "student", folder / "other-student")
+    file = folder / "other-student" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 1e-3}))
+    return f"student.path={folder}/other-student"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("optimizer.lr=0.5", r"another configuration \(optimizer.lr: saved 0.001, now 0.5\)"),
-        ("data.path={folder}/other.jsonl", "another configuration .data.path"),
-        ("", "these are not the prompts"),
+        (lambda _: "optimizer.lr=0.5", r"another configuration \(optimizer.lr: saved 0.001, now "),
+        (_other_prompts, r"other\.jsonl: these are not the prompts that .*step_6 was trained"),
+        (_other_weights, r"other-teacher: these are not the teacher's weights with which .*step_6"),
+        (_other_config, r"other-student: these are not the student's configuration with which"),
     ],
 )
 def test_run_folder_of_another_run_is_refused(
-    config_file: Path, undisturbed: Path, change: str, message: str
+    config_file: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    change: Callable[[Path], str],
+    message: str,
 ) -> None:
+    folder = tmp_path / "inputs"
+    shutil.copytree(config_file.parent, folder, ignore=shutil.ignore_patterns("run*"))
+    options = (*OPTIONS, f"run.dir={undisturbed}", "training.steps=9", change(folder))
+    with pytest.raises(ValueError, match=message):
+        run_distributed(_construct, 1, config_file, options)
+
+
+def test_same_inputs_under_other_names_are_the_same_run(
+    config_file: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """A link, a detour, a copy in two files, and a copied file of prompts."""
     folder = config_file.parent
-    prompts = (folder / "prompts.jsonl").read_text()
-    (folder / "other.jsonl").write_text(prompts)
-    options = [*OPTIONS, f"run.dir={undisturbed}", "training.steps=9"]
-    if change:
-        options.append(change.format(folder=folder))
-    else:  # the same file name, other prompts
-        (folder / "prompts.jsonl").write_text(prompts.replace("1+2=?", "2+1=?"))
-    try:
-        with pytest.raises(ValueError, match=message):
-            run_distributed(_construct, 1, config_file, tuple(options))
-    finally:
-        (folder / "prompts.jsonl").write_text(prompts)
+    (tmp_path / "link").symlink_to(folder / "student")
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    tensors = sorted(load_file(folder / "teacher" / "model.safetensors").items())
+    files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    for number, name in enumerate(files):
+        save_file(dict(tensors[number::2]), tmp_path / "teacher" / name, metadata={"format": "pt"})
+    weight_map = {tensor: files[number % 2] for number, (tensor, _) in enumerate(tensors)}
+    (tmp_path / "teacher" / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    shutil.copy(folder / "prompts.jsonl", tmp_path / "copy.jsonl")
+    options = (
+        *(*OPTIONS, f"run.dir={undisturbed}", "training.steps=9"),
+        f"student.path={tmp_path}/teacher/../link",
+        f"teacher.path={tmp_path}/teacher",
+        f"data.path={tmp_path}/copy.jsonl",
+    )
+    run_distributed(_construct, 1, config_file, options)
 
 
 def test_run_that_draws_by_another_rule_is_refused(

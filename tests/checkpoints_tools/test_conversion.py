@@ -8,13 +8,20 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools import hf_to_megatron, inspect_checkpoint, megatron_to_hf
+from checkpoints_tools import (
+    drop_layers,
+    hf_to_megatron,
+    inspect_checkpoint,
+    megatron_to_hf,
+    verify_conversion,
+)
 from tests.families import FAMILIES, make_family_checkpoint
 from trb_megatron.checkpoint.checksums import write_sums
 from trb_megatron.checkpoint.megatron_tensors import HF_FOLDER, open_megatron_checkpoint
@@ -235,16 +242,41 @@ def test_bad_hf_checkpoint_is_refused(
     assert not list(damaged.glob("target*"))
 
 
-def test_extra_tensors_are_left_out_or_refused(
+def test_other_heads_are_left_out_with_a_warning(
     damaged: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = damaged / "hf"
-    _edit_tensors(folder, lambda tensors: tensors.update(extra=torch.zeros(3)))
-    said = refusal(hf_to_megatron.main, folder, damaged / "target", "--strict", capsys=capsys)
-    assert "1 tensors are no part of the model: extra" in said
+    _edit_tensors(folder, lambda tensors: tensors.update({"score.weight": torch.zeros(3)}))
     exported = export(convert(folder, damaged / "target"), damaged / "back")
-    assert "warning: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: " in said and "1 tensors (score.weight) of another head" in said
     assert_same_checkpoint(exported, source)
+
+
+@pytest.mark.parametrize("command", [hf_to_megatron, inspect_checkpoint, drop_layers])
+def test_tensors_that_the_model_lacks_are_refused(
+    damaged: Path, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = damaged / "hf"
+    name = "model.layers.0.self_attn.o_proj.bias"
+    _edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(32)}))
+    options = {hf_to_megatron: ["out"], drop_layers: ["out", "--layers", "1"]}
+    arguments = [folder, *options.get(command, [])]
+    said = refusal(command.main, *arguments, capsys=capsys)
+    assert said.startswith(f"error: {folder}: 1 tensors ({name}) that a qwen2 model with")
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5"])
+@pytest.mark.parametrize("option", ["--tensor-parallel", "--pipeline-parallel"])
+@pytest.mark.parametrize("command", [hf_to_megatron, verify_conversion])
+def test_numbers_of_ranks_are_checked(
+    command: Any, option: str, count: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(["hf", *(["out"] if command is hf_to_megatron else []), option, count])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"argument {option}: {count!r} is no number of ranks; write 1 or more" in said
 
 
 def _data_file(folder: Path) -> Path:

@@ -83,13 +83,19 @@ def test_configuration_changes_in_what_counts_layers(tmp_path: Path) -> None:
 def test_tensors_of_no_known_kind_go_with_their_layer(tmp_path: Path) -> None:
     """Old checkpoints hold what transformers computes today, in each layer and beside them."""
     source = make_family_checkpoint(tmp_path / "hf", "llama")
-    extra = {f"model.layers.{i}.rotary.inv_freq": torch.full((3,), float(i)) for i in range(3)}
-    tensors = {**read_tensors(source), **extra, "beside": torch.ones(2)}
+    extra = {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.full((3,), float(i))
+        for i in range(3)
+    }
+    tensors = {**read_tensors(source), **extra, "score.weight": torch.ones(2)}
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     drop_layers.main([str(source), str(tmp_path / "fewer"), "--layers", "2"])
     found = read_tensors(tmp_path / "fewer")
-    assert [found[f"model.layers.{i}.rotary.inv_freq"][0].item() for i in (0, 1)] == [0.0, 2.0]
-    assert torch.equal(found["beside"], torch.ones(2))
+    assert [found[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"][0].item() for i in (0, 1)] == [
+        0.0,
+        2.0,
+    ]
+    assert torch.equal(found["score.weight"], torch.ones(2))
     assert not [name for name in found if name.startswith("model.layers.2.")]
 
 

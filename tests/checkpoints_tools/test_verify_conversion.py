@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -11,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import hf_to_megatron, verify_conversion
 from checkpoints_tools.verify_conversion import Comparison, Continued, Errors
+from tests.changed_weights import CHANGES, NUM_LAYERS, Folder
 from tests.families import make_family_checkpoint
 from tests.ranks import run_distributed
 from trb_megatron.config.options import ParallelConfig
 from trb_megatron.distributed.layout import initialize
+from trb_megatron.huggingface.tensors import CheckpointError
 
 OPTIONS = ("--new-tokens", "4")
 
@@ -103,6 +106,56 @@ def test_figures_are_written(statuses: dict[str, list[int]], source: Path) -> No
         assert len(prompt["kl"]) == prompt["num_tokens"]
 
 
+ACCEPTED = ("nothing", "several files", "no prefix", "frequencies", "a classifier", "a value head")
+REFUSED = [name for name, (_, says) in CHANGES.items() if says and name not in ACCEPTED]
+
+
+def _verify_changed(folder: Path) -> dict[str, tuple[int, int]]:
+    """Exit statuses for each change of a folder: alone, and with a conversion of the unchanged."""
+    source = make_family_checkpoint(folder / "hf", "llama", num_hidden_layers=NUM_LAYERS)
+    hf_to_megatron.main([str(source), str(folder / "megatron")])
+    tensors, config = load_file(source / "model.safetensors"), (source / "config.json").read_text()
+    layout = initialize(ParallelConfig())
+    statuses = {}
+    with (
+        mock.patch.object(verify_conversion, "initialize", lambda config: layout),
+        mock.patch.object(verify_conversion, "shutdown"),
+    ):
+        for name in (*REFUSED, *ACCEPTED):
+            changed = Folder(dict(tensors), json.loads(config))
+            CHANGES[name][0](changed)
+            path = changed.write(folder / name)
+            for file in (*source.glob("tokenizer*"), source / "generation_config.json"):
+                shutil.copy(file, path)
+            command = (str(path), "--new-tokens", "1")
+            converted = ("--megatron", str(folder / "megatron"))
+            statuses[name] = (_verify(command), _verify((*command, *converted)))
+    return statuses
+
+
+def test_what_transformers_would_warn_of_is_refused(tmp_path: Path) -> None:
+    """Also where Megatron reads an older conversion, which leaves out the same tensors."""
+    statuses = run_distributed(_verify_changed, 1, tmp_path, timeout_s=400)[0]
+    assert statuses == dict.fromkeys(REFUSED, (2, 2)) | dict.fromkeys(ACCEPTED, (0, 0))
+
+
+def test_transformers_own_list_of_keys_is_looked_at(tmp_path: Path) -> None:
+    """Should its rule change, no agreement comes of what both leave out."""
+    source = make_family_checkpoint(tmp_path / "hf", "llama")
+    tensors = load_file(source / "model.safetensors")
+    bias = "model.layers.0.self_attn.o_proj.bias"
+    save_file({**tensors, bias: torch.ones(32)}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"transformers leaves out {bias}"):
+        verify_conversion.load_transformers(source, torch.float32)
+    del tensors["model.norm.weight"]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"transformers misses model\.norm\.weight"):
+        verify_conversion.load_transformers(source, torch.float32)
+    (source / "model.safetensors").write_bytes(b"?")
+    with pytest.raises(CheckpointError, match="transformers cannot load it: "):
+        verify_conversion.load_transformers(source, torch.float32)
+
+
 def compare(ours_TV: torch.Tensor, expected_TV: torch.Tensor, rounding: float) -> Comparison:
     """Of two tokens of a prompt and two new ones."""
     text = Continued("p", [1, 1, 0, 0], 2)
@@ -111,7 +164,7 @@ def compare(ours_TV: torch.Tensor, expected_TV: torch.Tensor, rounding: float) -
 
 def test_comparison_of_known_logits() -> None:
     """Two positions of prompt, two new tokens; Megatron errs by 3 on the last choice."""
-    expected_TV = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
+    expected_TV = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
     ours_TV = expected_TV.clone()
     ours_TV[2, 1] += 3.0
     result = compare(ours_TV, expected_TV, 0.5)

@@ -136,6 +136,12 @@ def whole_list(least: int, good: str, *, null: bool = False) -> Options:
     )
 
 
+def mapping(good: str) -> Options:
+    """Names with scalar values."""
+    bad = ("5", "a", "[a]", "true", "null", "{a: [1]}", "{a: {b: 1}}", "{a: .nan}", "{a: .inf}")
+    return Options((*bad, "{'': 2}"), (("{}", {}), (good, json.loads(good))))
+
+
 # Values that would be good alone, but not together with some base, are left out.
 OPTIONS: dict[str, Options] = {
     "run.dir": path(),
@@ -148,12 +154,14 @@ OPTIONS: dict[str, Options] = {
     "parallel.expert_model_parallel_size": whole(1, 1),
     "parallel.timeout_minutes": positive(0.02, 43_200),
     "data.path": path(),
-    "data.format": choice("auto", "jsonl", good=("auto", "jsonl", "parquet", "hf")),
+    "data.format": choice("auto", "jsonl", good=("auto", "jsonl", "csv", "parquet", "hf")),
+    "data.split": text(null=True),
     "data.prompt_column": text(),
     "data.answer_column": text(null=True),
     "data.response_column": text(null=True, null_is_good=False),
     "data.system_prompt": text(null=True, empty=True),
     "data.apply_chat_template": flag(True),
+    "data.chat_template_kwargs": mapping('{"enable_thinking": false, "effort": "low", "n": 1.5}'),
     "data.max_prompt_tokens": whole(1),
     "data.shuffle": flag(),
     "training.task": choice("distill", "supervised"),
@@ -200,7 +208,10 @@ OPTIONS: dict[str, Options] = {
     "checkpoint.keep": whole(1),
     "checkpoint.export_hf": flag(),
     "evaluation.sets.math.path": path(),
-    "evaluation.sets.math.format": choice("auto", "jsonl", good=("auto", "jsonl", "parquet", "hf")),
+    "evaluation.sets.math.format": choice(
+        "auto", "jsonl", good=("auto", "jsonl", "csv", "parquet", "hf")
+    ),
+    "evaluation.sets.math.split": text(null=True),
     "evaluation.sets.math.prompt_column": text(),
     "evaluation.sets.math.answer_column": text(),
     "evaluation.sets.math.limit": whole(1, null=True),
@@ -311,6 +322,15 @@ CONFLICTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("distill", ("training.fp8_recipe=blockwise",), ("training.fp8_recipe", "training.precision")),
     ("distill", ("training.fp8_recipe=delayed", "training.precision=fp8"), ()),
     ("distill", ("data.apply_chat_template=false",), ("data.system_prompt=null",)),
+    (
+        "distill",
+        (
+            "data.apply_chat_template=false",
+            "data.system_prompt=null",
+            "data.chat_template_kwargs.enable_thinking=false",
+        ),
+        ("data.chat_template_kwargs", "data.apply_chat_template=true"),
+    ),
     ("distill", ("data.apply_chat_template=false", "data.system_prompt=null"), ()),
     (
         "distill",

@@ -142,12 +142,17 @@ def test_command_needs_a_model_and_problems_alone(tmp_path: Path) -> None:
         assert metrics[f"eval/{name}/response_length"] == pytest.approx(mean_length)
 
     assert metrics["eval/hard-test/too_long"] == 1
-    longest = max(len(make_tokenizer()(row["prompt"])["input_ids"]) for row in answered)
+    lengths = [len(make_tokenizer()(row["prompt"])["input_ids"]) for row in answered]
+    longest = max(lengths)
     for said in (
-        f"easy-test: 3 problems from {files[0]}",
-        f"hard-test: 6 problems from {files[1]}, 1 longer than 40 tokens count as wrong",
+        f"easy-test: 3 rows of {files[0]}, columns prompt, answer\n",
+        f"hard-test: 6 rows of {files[1]}, columns prompt, answer; 1 longer than 40 tokens count "
+        "as wrong",
         "easy-test: in the student's chat template, system prompt 'Please reason step by step",
         "hard-test: in the student's chat template, without a system prompt of ours",
+        f"easy-test: first prompt, {lengths[0]} tokens: '<|im_start|>system\\n?lease reason step",
+        "\\n0+0=?<|im_end|>\\n<|im_start|>assistant\\n'\n",
+        "% (6 problems x 2, 1 of them too long and wrong, ",
         f"responses: 2 per problem, temperature 1, at most {128 - longest} tokens, bf16, seed 0",
         f"hard-test: 12 responses written to {output}",
     ):

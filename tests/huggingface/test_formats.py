@@ -1,6 +1,7 @@
 """Folders without safetensors are refused with what makes a folder that can be used."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.tiny import make_checkpoint
 from trb_megatron.huggingface.config import read_hf_config
-from trb_megatron.huggingface.tensors import CheckpointError, HFTensors
+from trb_megatron.huggingface.tensors import INDEX_FILE, CheckpointError, HFTensors
 from trb_megatron.huggingface.tokenizer import load_tokenizer
 
 
@@ -70,6 +71,33 @@ def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     message = refusal(tmp_path / "model.safetensors")
     assert message.endswith(f"a file; name the model's folder, such as {tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_says_so(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n"
+    (folder / name).write_text(pointer)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / name}: a Git LFS pointer") and "git lfs pull" in message
+
+
+def test_pointers_that_nobody_reads_do_no_harm(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    for name in ("pytorch_model.bin", "model-00001-of-00002.safetensors", "README.md"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert read_hf_config(folder).num_layers == 2
+    assert len(load_tokenizer(folder)) > 0
+
+
+@pytest.mark.parametrize("name", ["model-1.safetensors", "part.safetensors"])
+def test_a_pointer_among_the_files_of_an_index_says_so(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match=f"{name}: a Git LFS pointer"):
+        HFTensors(folder)
 
 
 def test_a_folder_without_weights_can_be_described(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """HF checkpoints in and out: what is exported is what was trained, and bad files are refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.layouts import (
 )
 from tests.tiny import make_checkpoint
 from trb_megatron.huggingface.config import read_hf_config
+from trb_megatron.huggingface.model_tensors import expected_tensors, open_model
 from trb_megatron.huggingface.param_mapping import map_params
 from trb_megatron.huggingface.tensors import INDEX_FILE, CheckpointError, HFTensors
 from trb_megatron.huggingface.tokenizer import load_tokenizer
@@ -136,14 +138,13 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    HFTensors(folder).check(expected)
+    config = read_hf_config(make_checkpoint(tmp_path))
+    tensors, warnings = open_model(config)
+    assert tensors.names == set(expected_tensors(config)) and not warnings
     with pytest.raises(CheckpointError, match=r"1 tensors are missing: lm_head\.weight"):
-        HFTensors(folder).check({**expected, "lm_head.weight": (64, 32)})
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[32\], .* \[33\]"):
-        HFTensors(folder).check({"model.norm.weight": (33,)})
+        open_model(replace(config, tied_embeddings=False))
+    with pytest.raises(CheckpointError, match=r"k_norm\.weight has shape \[8\], .* \[4\]"):
+        open_model(replace(config, head_dim=4, num_attention_heads=8, num_query_groups=4))
 
 
 def test_integer_weights_are_refused(tmp_path: Path) -> None:

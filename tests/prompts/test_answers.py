@@ -131,8 +131,8 @@ def test_numbers_of_columns_have_the_fewest_digits(load: Load, tmp_path: Path) -
     [
         ("true", "holds a boolean"),
         ("[false]", "holds a boolean"),
-        ("Infinity", "Infinity"),
-        ("[1, -Infinity]", "Infinity"),
+        ("Infinity", "holds inf, which is no answer"),
+        ("[1, -Infinity]", "holds -inf, which is no answer"),
         ("1e1000", "more than 1,000 digits; write it as text"),
         ("1e-99999999999", "more than 1,000 digits; write it as text"),
         ("1" * 1001, "more than 1,000 digits; write it as text"),

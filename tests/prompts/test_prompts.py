@@ -11,45 +11,15 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from tests.prompts.sources import load, write_jsonl
 from trb_megatron.huggingface.tokenizer import load_tokenizer
 from trb_megatron.prompts.order import PromptOrder
-from trb_megatron.prompts.records import Columns
-from trb_megatron.prompts.source import PromptSet, PromptSource, load_prompts
-
-COLUMN_NAMES = {"prompt": "prompt", "answer": "answer", "response": None}
 
 ROWS = [
     {"prompt": "what is the sum of 1 and 2?", "answer": "3", "text": "the answer is 3"},
     {"prompt": "the sum of 2 and 2?", "answer": 4, "text": "4"},
     {"prompt": "numbers", "answer": ["x", "y + 1"], "text": "x"},
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(
-    write_tokenizer: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> PreTrainedTokenizerFast:
-    return load_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def load(path: Path, tokenizer: PreTrainedTokenizerFast, **options: Any) -> PromptSet:
-    """Load with the columns and limits of these tests; `options` name others."""
-    columns = Columns(
-        *(options.pop(f"{name}_column", default) for name, default in COLUMN_NAMES.items())
-    )
-    settings = {
-        "format": "auto",
-        "system_prompt": None,
-        "apply_chat_template": True,
-        "max_prompt_tokens": 500,
-        **options,
-    }
-    return load_prompts(PromptSource(path=path, columns=columns, **settings), tokenizer)
 
 
 # ---------------------------------------------------------------- content
@@ -189,7 +159,7 @@ def test_fingerprint_depends_on_everything_that_is_used(
 def test_format_can_be_set(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     source = write_jsonl(tmp_path / "p.txt", ROWS)
     assert len(load(source, tokenizer, format="jsonl").prompts) == 3
-    with pytest.raises(ValueError, match=r"p\.txt: .*set format"):
+    with pytest.raises(ValueError, match=r"p\.txt: .*\.jsonl.*set data\.format"):
         load(source, tokenizer)
 
 
@@ -233,7 +203,7 @@ def rows_with(answers: list[Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.parquet", "hf"])
-@pytest.mark.parametrize("missing", [NOTHING, None, "", " ", float("nan"), []], ids=repr)
+@pytest.mark.parametrize("missing", [NOTHING, None, "", " ", []], ids=repr)
 def test_answers_are_in_all_rows_or_in_none(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str, missing: Any
 ) -> None:
@@ -331,7 +301,7 @@ def test_byte_order_mark_is_no_part_of_the_first_line(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"prompt": "p"},\n {"prompt"]', r"p\.json:2: broken JSON"),
+        (b'[{"prompt": "p", "answer": 1},\n {"prompt"]', r"p\.json:2: broken JSON"),
         (b'[{"prompt": "p"},\n {"prompt": "\xe9"}]', r"p\.json:2: not valid UTF-8"),
         (b'[{"prompt": "p", "answer": 1}, {"answer": 1}]', r"p\.json, entry 2: no value"),
         (b"[]", r"p\.json: no prompts: it is empty"),
@@ -357,11 +327,11 @@ def test_unusable_sources_are_named(tmp_path: Path, tokenizer: PreTrainedTokeniz
     with pytest.raises(ValueError, match=r"q\.parquet: .*'prompt'; the columns are 'question'"):
         load(tmp_path / "q.parquet", tokenizer)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: the folder holds no parquet files"):
+    with pytest.raises(ValueError, match=r"empty: the folder holds no files; .*\.parquet"):
         load(tmp_path / "empty", tokenizer)
     with pytest.raises(ValueError, match="empty: cannot be read as a dataset folder"):
         load(tmp_path / "empty", tokenizer, format="hf")
-    with pytest.raises(ValueError, match="empty: is a folder"):
+    with pytest.raises(ValueError, match="empty: the folder holds no jsonl files"):
         load(tmp_path / "empty", tokenizer, format="jsonl")
 
 
@@ -372,18 +342,6 @@ def test_null_in_parquet_is_named_by_row(
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     with pytest.raises(ValueError, match=r"p\.parquet, row 2: no value in the column 'prompt'"):
         load(tmp_path / "p.parquet", tokenizer)
-
-
-def test_dataset_of_several_splits_asks_for_one(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    split = datasets.Dataset.from_list([{"prompt": "p", "answer": "1"}])
-    datasets.DatasetDict(train=split).save_to_disk(str(tmp_path / "hf"))
-    with pytest.raises(ValueError, match=r"several splits; name one, such as .*hf/train"):
-        load(tmp_path / "hf", tokenizer)
-    assert len(load(tmp_path / "hf" / "train", tokenizer).prompts) == 1
-    with pytest.raises(ValueError, match="train: no value in the column 'question'"):
-        load(tmp_path / "hf" / "train", tokenizer, prompt_column="question")
 
 
 # ---------------------------------------------------------------- order

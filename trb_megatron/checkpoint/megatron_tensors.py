@@ -33,13 +33,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from trb_megatron.checkpoint.checksums import check_sums
 from trb_megatron.checkpoint.safe_loading import INDEX_FILE, read_index
-from trb_megatron.huggingface.config import read_hf_config
+from trb_megatron.huggingface.config import HFModelConfig, read_hf_config
 from trb_megatron.huggingface.kinds import Shape
+from trb_megatron.huggingface.model_tensors import expected_tensors, open_model
 from trb_megatron.huggingface.param_mapping import MappedParam, stored_params
 from trb_megatron.huggingface.tensors import (
     DTYPES,
     CheckpointError,
-    HFTensors,
     copy_side_files,
     read_json,
     refuse_partial,
@@ -50,18 +50,19 @@ DTYPES_FILE = "hf_dtypes.json"
 _READ_BYTES = 32 * 2**20  # at most this much of a chunk is copied at a time
 
 
-def carry_hf_files(source: Path, names: Iterable[str], checkpoint: Path) -> None:
+def carry_hf_files(config: HFModelConfig, checkpoint: Path) -> None:
     """Put what an export needs besides weights into a Megatron checkpoint.
 
     Args:
-        source: HF checkpoint folder.
-        names: of the HF tensors whose types are remembered.
+        config: of the HF checkpoint folder that the model comes from.
 
     Raises:
-        CheckpointError: `source` has a tensor of a type that cannot be loaded.
+        CheckpointError: the model cannot be read from that folder.
     """
-    copy_side_files(source, checkpoint / HF_FOLDER)
-    dtypes = {name: str(dtype)[6:] for name, dtype in HFTensors(source).dtypes(names).items()}
+    copy_side_files(config.path, checkpoint / HF_FOLDER)
+    tensors, _ = open_model(config)
+    found = tensors.dtypes(expected_tensors(config))
+    dtypes = {name: str(dtype)[6:] for name, dtype in found.items()}
     default = Counter(dtypes.values()).most_common(1)[0][0]
     others = {name: dtype for name, dtype in dtypes.items() if dtype != default}
     record = {"default": default, "others": others}

@@ -42,7 +42,6 @@ from trb_megatron.checkpoint.safe_loading import no_code_from
 from trb_megatron.huggingface.config import HFModelConfig
 from trb_megatron.huggingface.tensors import CheckpointError
 from trb_megatron.job.shared_failure import SharedFailure, from_rank_zero
-from trb_megatron.models.weights import expected_tensors
 from trb_megatron.update.optimizer import load_optimizer_state
 
 STATE_FILE = "training_state.json"
@@ -59,7 +58,7 @@ class TrainingState:
         prompt_position: prompts consumed from the endless prompt order.
         num_skipped: steps without an update, because of a NaN or infinity.
         evaluation_is_due: the run was stopped before the evaluation that belongs to this step.
-        data_fingerprint: of the prompt set that the position refers to.
+        inputs: digests of what the run reads (`run.inputs`), the prompts of `prompt_position` too.
         config: the resolved configuration as plain data.
         sampling: the rule by which random numbers become tokens (`behavior.sampling.RULE`).
     """
@@ -68,7 +67,7 @@ class TrainingState:
     prompt_position: int
     num_skipped: int
     evaluation_is_due: bool
-    data_fingerprint: str
+    inputs: dict[str, str]
     config: dict[str, Any]
     sampling: str = "inverse CDF"
     """The default is the rule of checkpoints that don't say theirs."""
@@ -187,8 +186,7 @@ def save_checkpoint(
             )
         with writing():
             if is_rank_zero:
-                names = expected_tensors(hf_config, student.module.vocab_size)
-                carry_hf_files(hf_config.path, names, partial)
+                carry_hf_files(hf_config, partial)
                 text = json.dumps(asdict(state), indent=2)
                 (partial / STATE_FILE).write_text(text, encoding="utf-8")
         with writing():

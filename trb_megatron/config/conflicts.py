@@ -102,6 +102,11 @@ def _find_general_conflicts(config: JobConfig) -> Iterator[str]:
             "data.system_prompt: only a chat template says where it belongs; set "
             "data.system_prompt=null, or data.apply_chat_template=true"
         )
+    if data.chat_template_kwargs and not data.apply_chat_template:
+        yield (
+            "data.chat_template_kwargs: only a chat template reads them; leave them out, or set "
+            "data.apply_chat_template=true"
+        )
     for name, problems in evaluation.sets.items():
         if problems.system_prompt not in (None, "auto") and not data.apply_chat_template:
             yield (

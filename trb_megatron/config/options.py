@@ -1,13 +1,14 @@
 """Every option of a run with its default, in sections; a docstring below each says what it does.
 
-`reading` makes a `Config` of a file, `conflicts` says what cannot be combined. Relative paths are
-relative to the current directory.
+Those of prompts and problems are in `data_options`. `reading` makes a `Config` of a file,
+`conflicts` says what cannot be combined. Relative paths are relative to the current directory.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
+from trb_megatron.config.data_options import DataConfig, EvaluationSet, JobDataConfig
 from trb_megatron.config.values import (
     ConfigPath,
     Count,
@@ -20,6 +21,7 @@ from trb_megatron.config.values import (
     Momentum,
     Name,
     NonNegative,
+    Section,
     SetName,
     Temperature,
     TemperatureOrGreedy,
@@ -28,16 +30,6 @@ from trb_megatron.config.values import (
     refuse_duplicates,
     zero_or_between,
 )
-
-MATH_SYSTEM_PROMPT = (
-    "Please reason step by step, and put your final answer within \\boxed{}."  # arXiv 2605.31159
-)
-
-
-class Section(BaseModel):
-    """A group of options: unknown keys are refused, and nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class JobRunConfig(Section):
@@ -87,45 +79,6 @@ class ParallelConfig(Section):
     """Only 1 is built. The experts of a mixture are cut over the tensor-parallel ranks."""
     timeout_minutes: Annotated[float, between(0.02, 43_200)] = 30.0
     """Minutes that a collective operation may take. After that the job ends with an error."""
-
-
-AUTO_ANSWER_COLUMN = "answer"
-"""The column in which `data.answer_column: auto` looks for answers."""
-
-
-PromptFormat = Literal["auto", "jsonl", "parquet", "hf"]
-
-
-class JobDataConfig(Section):
-    """The training prompts, and how all prompts become tokens."""
-
-    path: ConfigPath | None = None
-    """Used for training alone."""
-    format: PromptFormat = "auto"
-    """Format of `data.path`; `auto` tells it by the name of a file and the content of a folder."""
-    prompt_column: Name = "prompt"
-    """Column of the prompts: text, or a list of chat messages."""
-    answer_column: Name | None = "auto"
-    """Column of the right answers, by which responses are rewarded; `auto`: `answer`, where the
-    prompts have such a column; `null`: no rewards during training."""
-    response_column: Name | None = None
-    """Column of the responses that supervised training imitates; not used for distillation."""
-    system_prompt: str | None = MATH_SYSTEM_PROMPT
-    """System message before each prompt that brings none of its own; `null`: none."""
-    apply_chat_template: Flag = True
-    """Render prompts with the chat template of the student's tokenizer; `false`: prompts are plain
-    text."""
-    max_prompt_tokens: Count = 1024
-    """Longest prompt in tokens, chat template included. Longer ones are dropped and counted."""
-    shuffle: Flag = True
-    """Visit the prompts in a new random order in each epoch; `false`: in the order of the file."""
-
-
-class DataConfig(JobDataConfig):
-    """The training prompts, and how all prompts become tokens."""
-
-    path: ConfigPath
-    """File of prompts, or folder of parquet files, or Hugging Face dataset folder."""
 
 
 class TrainingConfig(Section):
@@ -282,27 +235,6 @@ class CheckpointConfig(Section):
     """Write the student to `RUN/hf` as a Hugging Face checkpoint after the last step."""
 
 
-class EvaluationSet(Section):
-    """One file of problems with known answers."""
-
-    path: ConfigPath
-    """File or folder of problems."""
-    format: PromptFormat = "auto"
-    """Format of `path`, as in `data.format`."""
-    prompt_column: Name = "prompt"
-    """Column of the problems."""
-    answer_column: Name = "answer"
-    """Column of the right answers."""
-    limit: Count | None = None
-    """Use only the first so many problems; `null`: all."""
-    max_prompt_tokens: Annotated[Literal["auto"] | int, auto_or_between(1, 2**31 - 1)] = "auto"
-    """Problems of more tokens, template included, get no response and count as wrong; `auto`:
-    `data.max_prompt_tokens`."""
-    system_prompt: str | None = "auto"
-    """System message before each problem that brings none of its own; `null`: none; `auto`:
-    `data.system_prompt`."""
-
-
 AUTO_EVALUATION_TOKENS = 8192
 """The most that `evaluation.max_response_tokens: auto` chooses."""
 
@@ -310,7 +242,7 @@ AUTO_EVALUATION_TOKENS = 8192
 class EvaluationConfig(Section):
     """When and how the student's answers are graded."""
 
-    sets: dict[SetName, EvaluationSet] = {}
+    sets: dict[SetName, EvaluationSet] = {}  # noqa: RUF012 - pydantic copies it
     """Problem sets by name; the name appears in the metrics, as in `eval/NAME/pass@1`."""
     every: Count = 20
     """Steps between evaluations."""

@@ -8,6 +8,8 @@ from trb_megatron.config.options import Config
 # (except by rounding, for another layout or FP8 recipe).
 _MAY_CHANGE = (
     "run.dir",
+    # Inputs are known by content (`run.inputs`).
+    *("student.path", "teacher.path", "data.path", "data.format"),
     "parallel",
     "training.steps",
     "training.fp8_recipe",

@@ -1,15 +1,22 @@
-"""The kinds of values that options have, and the error for a configuration that cannot run."""
+"""What options are made of: sections, the kinds of values, and the error for what cannot run."""
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the keys and the fix."""
+
+
+class Section(BaseModel):
+    """A group of options: unknown keys are refused, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def _check_path(value: Any) -> Any:
@@ -25,6 +32,14 @@ def _check_path(value: Any) -> Any:
 def _check_grader(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
         raise ValueError("expected module:function, such as my_rewards:grade")
+    return value
+
+
+def _check_scalar(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str | None):
+        raise ValueError("expected text, a number, true, false or null")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("expected a finite number")
     return value
 
 
@@ -78,6 +93,7 @@ TemperatureOrGreedy = Annotated[float, Field(strict=True), zero_or_between(0.01,
 Name = Annotated[str, Field(min_length=1)]
 ConfigPath = Annotated[Path, BeforeValidator(_check_path), AfterValidator(Path.expanduser)]
 GraderName = Annotated[str, AfterValidator(_check_grader)]
+TemplateOption = Annotated[bool | int | float | str | None, BeforeValidator(_check_scalar)]
 # A set's name becomes part of metric names and of override keys.
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 

@@ -126,10 +126,12 @@ def _source(name: str, config: JobConfig) -> PromptSource:
     return PromptSource(
         path=problems.path,
         format=problems.format,
+        split=problems.split,
         columns=Columns(problems.prompt_column, problems.answer_column, None),
         section=f"evaluation.sets.{name}",
         system_prompt=config.system_prompt_of(name),
         apply_chat_template=data.apply_chat_template,
+        chat_template_kwargs=data.chat_template_kwargs,
         max_prompt_tokens=config.longest_problem(name),
         limit=problems.limit,
     )

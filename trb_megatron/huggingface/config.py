@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trb_megatron.huggingface.config_values import check_side_files, check_values
 from trb_megatron.huggingface.families import FAMILIES, has_parameter
 from trb_megatron.huggingface.formats import refuse_other_formats
 from trb_megatron.huggingface.kinds import ModelShape
@@ -88,20 +89,16 @@ def read_hf_config(path: Path) -> HFModelConfig:
             activation, quantisation).
     """
     refuse_other_formats(path)
+    check_side_files(path)
     file = path / "config.json"
     raw = read_json(file)
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(
             f"{file}: model_type {family!r} is not supported; "
             f"supported: {', '.join(sorted(FAMILIES))}"
         )
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{file}: quantised weights (quantization_config, method {method!r}) cannot be trained "
-            "or converted; use the checkpoint that they were made from, or dequantise them"
-        )
+    check_values(raw, file)
     from transformers import AutoConfig
 
     try:
@@ -109,11 +106,19 @@ def read_hf_config(path: Path) -> HFModelConfig:
             path, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers' validators raise several types
-        raise CheckpointError(f"{file}: not a valid {family} configuration: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file}: not a valid {family} configuration: {reason}") from error
+    if config.model_type != family:
+        raise CheckpointError(
+            f"{file}: with layer_types, transformers reads a {family} model as "
+            f"{config.model_type}, which is not supported; remove layer_types if all layers are "
+            "full_attention"
+        )
     for feature, is_used in _unsupported_features(config).items():
         if is_used:
             raise CheckpointError(f"{file}: {feature} is not supported")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _check_sizes(config, head_dim, file)
     return HFModelConfig(
         path=path,
         family=family,
@@ -133,25 +138,66 @@ def read_hf_config(path: Path) -> HFModelConfig:
 
 
 def _unsupported_features(config: Any) -> dict[str, bool]:
-    """Features that the configuration asks for and our model lacks, for any family."""
+    """Features that the configuration asks for and our model lacks, for any family.
+
+    transformers ignores a key that the family's class doesn't have, such as attention_bias in
+    Mistral, and so do we; layer types alone mean something in every family.
+    """
     rope_type = config.rope_parameters["rope_type"]
-    window = getattr(config, "sliding_window", None)
+    window = _field(config, "sliding_window")
+    is_short = window is not None and window < config.max_position_embeddings
+    own_types = _field(config, "layer_types")
+    harmless = {"full_attention", *([] if window is None or is_short else ["sliding_attention"])}
+    layer_types = set(getattr(config, "layer_types", None) or ()) - harmless
     return {
         f"rope_type {rope_type!r} (only {', '.join(ROPE_TYPES)})": rope_type not in ROPE_TYPES,
         "partial_rotary_factor": config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
         f"a sliding window (sliding_window = {window}, use_sliding_window)": (
-            window is not None
-            and getattr(config, "use_sliding_window", True)
-            and window < config.max_position_embeddings
+            is_short and (own_types is None or "sliding_attention" in own_types)
         ),
-        "attention_bias": bool(getattr(config, "attention_bias", False)),
-        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
-        f"hidden_act {config.hidden_act!r}": config.hidden_act != "silu",
+        f"layer_types with {', '.join(sorted(layer_types))}": bool(layer_types),
+        "attention_bias": bool(_field(config, "attention_bias")),
+        "mlp_bias": bool(_field(config, "mlp_bias")),
+        f"hidden_act {config.hidden_act!r}": config.hidden_act not in ("silu", "swish"),
+        "is_encoder_decoder": config.is_encoder_decoder,
         "a mixture of dense and expert layers (decoder_sparse_step, mlp_only_layers)": (
-            getattr(config, "decoder_sparse_step", 1) != 1
-            or bool(getattr(config, "mlp_only_layers", None))
+            _field(config, "decoder_sparse_step") not in (None, 1)
+            or bool(_field(config, "mlp_only_layers"))
         ),
     }
+
+
+def _field(config: Any, name: str) -> Any:
+    """A value that the family's class of transformers has, else None."""
+    return getattr(config, name) if name in type(config).__dataclass_fields__ else None
+
+
+def _check_sizes(config: Any, head_dim: int, file: Path) -> None:
+    """Refuse sizes that contradict each other."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    rope = config.rope_parameters
+    contradictions = {
+        f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}": (
+            heads % groups != 0
+        ),
+        f"head_dim={head_dim}, of hidden_size={config.hidden_size} and num_attention_heads={heads},"
+        " is not even and positive, as rotary embeddings need": head_dim < 1 or head_dim % 2 != 0,
+        f"pad_token_id={config.pad_token_id} is not in the vocabulary of {config.vocab_size}": (
+            config.pad_token_id is not None
+            and not -config.vocab_size <= config.pad_token_id < config.vocab_size
+        ),
+        "high_freq_factor must exceed low_freq_factor in the rope parameters": (
+            rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]
+        ),
+    }
+    if has_parameter(config.model_type, "mlp.router.weight"):
+        chosen, experts = config.num_experts_per_tok, config.num_experts
+        contradictions[f"num_experts_per_tok={chosen} exceeds num_experts={experts}"] = (
+            chosen > experts
+        )
+    for contradiction, holds in contradictions.items():
+        if holds:
+            raise CheckpointError(f"{file}: {contradiction}")
 
 
 def _expert_config(config: Any) -> dict[str, Any]:

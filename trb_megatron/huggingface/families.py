@@ -24,16 +24,19 @@ from trb_megatron.huggingface.kinds import (
 
 Row = tuple[str, Kind, tuple[str, ...]]
 
-EMBEDDING = "model.embed_tokens.weight"
-HF_LAYER = "model.layers.{i}."
+BASE_MODEL = "model."
+"""What transformers puts before the names of everything but the output weight."""
+EMBEDDING = BASE_MODEL + "embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+HF_LAYER = BASE_MODEL + "layers.{i}."
 _HF_EXPERT = HF_LAYER + "mlp.experts.{e}."
 _LAYER = "decoder.layers.{i}."
 _EXPERT = _LAYER + "mlp.experts.local_experts.{e}."
 
 _OUTSIDE_THE_LAYERS: tuple[Row, ...] = (
     ("embedding.word_embeddings.weight", VOCABULARY, (EMBEDDING,)),
-    ("decoder.final_layernorm.weight", HIDDEN_VECTOR, ("model.norm.weight",)),
-    ("output_layer.weight", VOCABULARY, ("lm_head.weight",)),
+    ("decoder.final_layernorm.weight", HIDDEN_VECTOR, (BASE_MODEL + "norm.weight",)),
+    ("output_layer.weight", VOCABULARY, (OUTPUT,)),
 )
 _ATTENTION: tuple[Row, ...] = (
     (

@@ -1,6 +1,6 @@
 """Weights in other formats than safetensors, told by file names, and how to convert them.
 
-Nothing here opens a file of weights.
+Of a file of weights nothing but its first bytes is read.
 """
 
 from __future__ import annotations
@@ -8,7 +8,12 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from trb_megatron.huggingface.tensors import INDEX_FILE, SINGLE_FILE, CheckpointError
+from trb_megatron.huggingface.tensors import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    CheckpointError,
+    refuse_lfs_pointer,
+)
 
 # transformers refuses to save a model that it has loaded from a GGUF file; a fresh one takes its
 # values.
@@ -55,9 +60,12 @@ _OTHERS = (
     ),
 )
 
+# What is read of a folder besides weights: configurations, tokenizers and chat templates.
+_SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+
 
 def refuse_other_formats(path: Path) -> None:
-    """Refuse what is no folder, is empty, or has weights but no safetensors.
+    """Refuse what is no folder, is empty, has weights but no safetensors, or Git LFS pointers.
 
     A folder without any weights passes: its configuration and tokenizer can be read.
 
@@ -71,6 +79,10 @@ def refuse_other_formats(path: Path) -> None:
         raise CheckpointError(f"{path}: a file; name the model's folder, such as {path.parent}")
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such model folder")
+    weights = SINGLE_FILE if (path / SINGLE_FILE).is_file() else "model*.safetensors"
+    for pattern in (weights, *_SIDE_FILES):
+        for file in sorted(path.glob(pattern)):
+            refuse_lfs_pointer(file)
     if (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
         return
     files = [file for file in path.iterdir() if file.is_file()]

@@ -7,8 +7,10 @@ carried along as files, byte for byte.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +29,7 @@ _WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"),
     *("*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz", "*.ckpt"),
 )
+_LFS_POINTER = b"version https://git-lfs."
 CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -49,67 +52,128 @@ def check_file_name(name: object, named_by: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object, naming the file when it is missing or broken.
 
+    A key that appears twice and numbers that JSON doesn't have (NaN, Infinity) are refused, too:
+    other readers would make something else of them.
+
     Raises:
         CheckpointError: the file is missing, is not UTF-8 JSON, or is not an object.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    refuse_lfs_pointer(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unambiguous)
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as every reader understands it."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
+    for key, entry in pairs:
+        for number in entry if isinstance(entry, list) else [entry]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{key} is {number}, which is no number")
+    return value
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Refuse the few lines that Git LFS leaves in place of a file that it has not fetched.
+
+    Raises:
+        CheckpointError: says how to fetch the file.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+            )
+
+
 class HFTensors:
     """The safetensors files of a checkpoint folder, memory-mapped and read where they are sliced.
 
+    As in transformers, a single file goes before an index, and an index says which files there are:
+    what they hold counts. Of a tensor that lies in several files, all must have the same values.
+
+    Attributes:
+        absent: the file of each tensor that an index promises and no file has.
+
     Raises:
-        CheckpointError: no safetensors, an index that names a missing file or tensor or a file
-            outside the folder, or a truncated or corrupt file.
+        CheckpointError: no safetensors, an index that names a missing file or a file outside the
+            folder, a tensor with two values, or a truncated or corrupt file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         refuse_partial(path)
-        if (path / INDEX_FILE).is_file():
-            weight_map = read_json(path / INDEX_FILE).get("weight_map", {})
-        elif (path / SINGLE_FILE).is_file():
-            weight_map = None
+        self._stored: dict[str, tuple[Any, str]] = {}
+        self._file_names: list[str] = []
+        self.absent: dict[str, str] = {}
+        if (path / SINGLE_FILE).is_file():
+            self._add(SINGLE_FILE)
+        elif (path / INDEX_FILE).is_file():
+            weight_map = read_weight_map(path / INDEX_FILE)
+            for name in sorted(set(weight_map.values())):
+                self._add(name)
+            self.absent = {t: name for t, name in weight_map.items() if t not in self._stored}
         else:
             raise CheckpointError(f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE} found")
-        for name in (weight_map or {}).values():
-            check_file_name(name, path / INDEX_FILE)
-        files = {SINGLE_FILE} if weight_map is None else set(weight_map.values())
-        self._handles = {name: self._open(name) for name in sorted(files)}
-        contents = {
-            tensor: name for name, handle in self._handles.items() for tensor in handle.keys()
-        }
-        self._file_of = contents if weight_map is None else weight_map
-        for tensor, name in self._file_of.items():
-            if contents.get(tensor) != name:
+
+    def _add(self, name: str) -> None:
+        handle = self._open(name)
+        self._file_names.append(name)
+        for tensor in handle.keys():
+            other = self._stored.get(tensor)
+            self._stored[tensor] = (handle, tensor)
+            if other is not None and not _are_equal(self.slice(tensor), other[0].get_slice(tensor)):
                 raise CheckpointError(
-                    f"{path / INDEX_FILE}: tensor {tensor} is not in {name}, where the index has it"
+                    f"{self.path / name}: tensor {tensor} has other values in another file of "
+                    f"{INDEX_FILE}; keep one of them"
                 )
 
     def _open(self, name: str) -> Any:
         file = self.path / name
         if not file.is_file():
             raise CheckpointError(f"{file}: no such file, but {INDEX_FILE} names it")
+        refuse_lfs_pointer(file)
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: truncated or corrupt ({error})") from error
 
     @property
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted by name."""
+        return [self.path / name for name in self._file_names]
+
+    @property
     def names(self) -> set[str]:
-        return set(self._file_of)
+        return set(self._stored)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a tensor another name, which no other has."""
+        assert new not in self._stored
+        self._stored[new] = self._stored.pop(old)
 
     def slice(self, name: str) -> Any:
         """A lazy slice of a tensor: index it to read."""
-        return self._handles[self._file_of[name]].get_slice(name)
+        handle, stored_name = self._stored[name]
+        return handle.get_slice(stored_name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from its file's header."""
+        return tuple(self.slice(name).get_shape())
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and, in fp32, the same values."""
+        return _are_equal(self.slice(one), self.slice(other))
 
     def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
         """The floating type of each of these tensors.
@@ -126,23 +190,35 @@ class HFTensors:
                 )
         return {name: DTYPES[dtype] for name, dtype in found.items()}
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse a checkpoint that lacks a tensor or has one of another shape.
 
-        Raises:
-            CheckpointError: names all missing tensors, or the first of a wrong shape.
-        """
-        missing = sorted(set(expected) - self.names)
-        if missing:
-            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            raise CheckpointError(f"{self.path}: {len(missing)} tensors are missing: {shown}")
-        for name, shape in expected.items():
-            found = tuple(self.slice(name).get_shape())
-            if found != shape:
-                raise CheckpointError(
-                    f"{self.path}: tensor {name} has shape {list(found)}, "
-                    f"config.json asks for {list(shape)}"
-                )
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether slices are equal in fp32; reads some rows at a time, as a vocabulary is large."""
+    if one.get_shape() != other.get_shape():
+        return False
+    if not one.get_shape():
+        return torch.equal(one[...].float(), other[...].float())
+    num_rows = 4096
+    return all(
+        torch.equal(one[row : row + num_rows].float(), other[row : row + num_rows].float())
+        for row in range(0, one.get_shape()[0], num_rows)
+    )
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index has it.
+
+    Raises:
+        CheckpointError: a broken index, or one that names a file outside its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: weight_map is {weight_map!r}; expected the file of each tensor; download "
+            "the index once more"
+        )
+    for name in weight_map.values():
+        check_file_name(name, index)
+    return weight_map
 
 
 def refuse_partial(path: Path) -> None:

@@ -3,6 +3,7 @@
 The tokenizer of a folder is its `tokenizer.json`, whatever class its other files name.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -116,6 +117,20 @@ def check_same_tokenizer(
         _check_same_part(part, _steps(ours[part]), _steps(theirs[part]))
     special = {*student.all_special_tokens, *teacher.all_special_tokens}
     _check_same_part("added token", _added_tokens(ours, special), _added_tokens(theirs, special))
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of what decides the ids of ordinary text, however its file spells it."""
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = [
+        *(
+            sorted(tokenizer.get_vocab().items()),
+            _merges_or_scores(raw),
+            _model_settings(tokenizer),
+        ),
+        *(_steps(raw["normalizer"]), _steps(raw["pre_tokenizer"])),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _check_same_vocabulary(

@@ -54,7 +54,8 @@ class Models:
                 recompute_activations=name == "student" and config.training.recompute_activations,
                 fp8_recipe=recipes.get(name),
             )
-            load_hf_weights(model, hf_config, layout)
+            for warning in load_hf_weights(model, hf_config, layout):
+                say(f"warning: {warning}")
             return model
 
         models = {name: load(name, hf_config) for name, hf_config in sources.models.items()}

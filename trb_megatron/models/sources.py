@@ -21,6 +21,7 @@ from trb_megatron.huggingface.tokenizer import (
     check_same_tokenizer,
     load_tokenizer,
     stop_ids,
+    tokenizer_digest,
     tokenizer_size,
 )
 from trb_megatron.models import fp8
@@ -39,6 +40,7 @@ class ModelSources:
         teacher: None where a job has no teacher.
         tokenizer: the student's; the teacher's gives the same ids.
         tokenizer_size: highest token id + 1, the support of every distribution.
+        tokenizer_digests: of the tokenizers by model.
         vocab_size: rows of both models' vocabularies on all tensor-parallel ranks together, padded.
         alignment: the stop events of both models (the student's twice without a teacher).
     """
@@ -47,6 +49,7 @@ class ModelSources:
     teacher: HFModelConfig | None
     tokenizer: PreTrainedTokenizerFast
     tokenizer_size: int
+    tokenizer_digests: dict[str, str]
     vocab_size: int
     alignment: StopAlignment
 
@@ -61,13 +64,16 @@ class ModelSources:
         """
         student_path = config.student.path
         teacher_path = config.teacher.path if with_teacher and config.teacher else None
+        student = read_hf_config(student_path)
         tokenizer = load_tokenizer(student_path)
         size = tokenizer_size(tokenizer)
-        student = read_hf_config(student_path)
+        digests = {"student": tokenizer_digest(tokenizer)}
         teacher = None
         if teacher_path is not None:
-            check_same_tokenizer(tokenizer, load_tokenizer(teacher_path))
             teacher = read_hf_config(teacher_path)
+            of_teacher = load_tokenizer(teacher_path)
+            check_same_tokenizer(tokenizer, of_teacher)
+            digests["teacher"] = tokenizer_digest(of_teacher)
         tp_size = config.parallel.tensor_model_parallel_size
         models = [model for model in (student, teacher) if model is not None]
         check_layout(models, tp_size, config.parallel.pipeline_model_parallel_size)
@@ -85,6 +91,7 @@ class ModelSources:
             teacher=teacher,
             tokenizer=tokenizer,
             tokenizer_size=size,
+            tokenizer_digests=digests,
             vocab_size=padded_vocab_size([model.vocab_size for model in models], tp_size),
             alignment=_align(config, teacher_path, size),
         )

@@ -17,9 +17,9 @@ from trb_megatron.atomic_folder import PARTIAL_SUFFIX, finish_folder, start_fold
 from trb_megatron.distributed.layout import ParallelLayout
 from trb_megatron.huggingface.config import HFModelConfig
 from trb_megatron.huggingface.kinds import TensorSlice
-from trb_megatron.huggingface.param_mapping import MappedParam, map_params, stored_params
+from trb_megatron.huggingface.model_tensors import open_model
+from trb_megatron.huggingface.param_mapping import MappedParam, map_params
 from trb_megatron.huggingface.tensors import (
-    HFTensors,
     ShardWriter,
     TensorInfo,
     copy_side_files,
@@ -64,27 +64,18 @@ class TensorSource(Protocol):
 
 def load_hf_weights(
     model: HiddenStateGPTModel, config: HFModelConfig, layout: ParallelLayout
-) -> None:
+) -> list[str]:
     """Fill a model from safetensors. Not collective.
 
+    Returns:
+        Warnings, which name the tensors that the model has no use for.
+
     Raises:
-        CheckpointError: missing or misshapen tensors, truncated files.
+        CheckpointError: a folder that the model cannot be read from (see `open_model`).
     """
-    tensors = HFTensors(config.path)
-    expected = expected_tensors(config, model.vocab_size)
-    tensors.check(expected)
-    tensors.dtypes(expected)
+    tensors, warnings = open_model(config)
     fill_model(model, config, layout, tensors)
-
-
-def expected_tensors(config: HFModelConfig, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every HF tensor that a model is made of."""
-    params = stored_params(config.family, config.shape(padded_vocab_size))
-    return {
-        name: shape
-        for param in params.values()
-        for name, shape in zip(param.hf_names, param.hf_shapes, strict=True)
-    }
+    return warnings
 
 
 @torch.no_grad()
@@ -166,7 +157,8 @@ def _stage_tensors(model: HiddenStateGPTModel, config: HFModelConfig) -> list[Te
         for _, mapped in _exported_parameters(model, config)
         for name, shape in zip(mapped.hf_names, mapped.hf_shapes, strict=True)
     }
-    dtypes = HFTensors(config.path).dtypes(shapes)
+    tensors, _ = open_model(config)
+    dtypes = tensors.dtypes(shapes)
     return [TensorInfo(name, dtypes[name], shape) for name, shape in shapes.items()]
 
 

@@ -90,7 +90,6 @@ def describe_plan(
         *_describe_memory(plan, config, memory),
         *_describe_cache(plan, config, memory),
         *_describe_host(plan),
-        "",
     ]
 
 

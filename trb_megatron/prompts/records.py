@@ -1,5 +1,6 @@
 """One row of a prompt source, checked: prompt, acceptable answers, response to imitate."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -7,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trb_megatron.escapes import find_control, find_left_over
-from trb_megatron.prompts.readers import missing_column
+from trb_megatron.escapes import find_left_over
+from trb_megatron.prompts.columns import find_value, missing_column
+from trb_megatron.prompts.messages import parse_prompt, parse_text
 
 
 class Columns(NamedTuple):
-    """Where a row holds what; a column that is not read is None."""
+    """Where a row holds what, dots leading into columns; a column that is not read is None."""
 
     prompt: str
     answer: str | None
@@ -31,7 +33,7 @@ class Record:
 
     index: int
     location: str
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     answer: tuple[str, ...] | None
     no_answer: str | None
     response: str | None
@@ -48,33 +50,36 @@ def parse_record(
     Raises:
         ValueError: names the row, and the column that cannot be used.
     """
-    prompt_column, answer_column, response_column = columns
     if not isinstance(row, dict):
-        raise ValueError(f"{location}: expected an object with the column {prompt_column!r}")
+        raise ValueError(f"{location}: expected an object with the column {columns.prompt!r}")
     for column, fix in needed.items():
-        if row.get(column) is None:
-            raise ValueError(f"{location}: {missing_column(column, list(row))}; {fix}")
+        if find_value(row, column) is None:
+            raise ValueError(f"{location}: {missing_column(column, row)}; {fix}")
     answer = no_answer = None
-    if answer_column is not None:
-        no_answer = _missing_answer(row, answer_column, location)
+    if columns.answer is not None:
+        no_answer = _missing_answer(row, columns.answer, location)
         if no_answer is None:
-            answer = _parse_answers(row[answer_column], f"{location}: column {answer_column!r}")
-        elif answer_column in needed:
-            raise ValueError(f"{no_answer}; {needed[answer_column]}")
+            value = find_value(row, columns.answer)
+            answer = _parse_answers(value, f"{location}: column {columns.answer!r}")
+        elif columns.answer in needed:
+            raise ValueError(f"{no_answer}; {needed[columns.answer]}")
+    prompt = parse_prompt(find_value(row, columns.prompt), f"{location}: column {columns.prompt!r}")
+    others = [find_value(row, column) for column in columns[1:] if column is not None]
+    left_over = next(filter(None, map(find_left_over, _texts([prompt, *others]))), None)
     return Record(
         index=index,
         location=location,
-        prompt=_parse_prompt(row[prompt_column], f"{location}: column {prompt_column!r}"),
+        prompt=prompt,
         answer=answer,
         no_answer=no_answer,
         response=(
             None
-            if response_column is None
-            else _parse_text(row[response_column], f"{location}: column {response_column!r}")
+            if columns.response is None
+            else parse_text(
+                find_value(row, columns.response), f"{location}: column {columns.response!r}"
+            )
         ),
-        left_over=next(
-            filter(None, map(find_left_over, _texts([row.get(column) for column in columns]))), None
-        ),
+        left_over=left_over,
     )
 
 
@@ -89,37 +94,11 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(list(value.values()))
 
 
-def _parse_text(value: Any, location: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{location} holds {type(value).__name__}, not text")
-    if not value.strip():
-        raise ValueError(f"{location} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise ValueError(f"{location} is not valid Unicode text") from None
-    if found := find_control(value):
-        raise ValueError(f"{location} holds {found}")
-    return value
-
-
-def _parse_prompt(value: Any, location: str) -> str | list[dict[str, str]]:
-    if not isinstance(value, list):
-        return _parse_text(value, location)
-    if not value:
-        raise ValueError(f"{location} is an empty list of messages")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{location}: a chat message needs a role and content")
-        _parse_text(message.get("content"), f"{location}: a message's content")
-    return value
-
-
 def _missing_answer(row: dict[str, Any], column: str, location: str) -> str | None:
-    """The complaint about a row without an answer: absent, null, NaN, blank or an empty list."""
-    value = row.get(column)
-    if value is None or value != value:
-        return f"{location}: {missing_column(column, list(row))}"
+    """The complaint about a row without an answer: absent, null, blank or an empty list."""
+    value = find_value(row, column)
+    if value is None:
+        return f"{location}: {missing_column(column, row)}"
     if isinstance(value, str) and not value.strip():
         return f"{location}: column {column!r} is empty"
     if value == []:
@@ -134,6 +113,11 @@ def _parse_answers(value: Any, location: str) -> tuple[str, ...]:
 
 
 def _parse_answer(value: Any, location: str) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"{location} holds {value}, which is no answer (often a missing value); write the "
+            "answer, or leave the row out"
+        )
     if isinstance(value, bool):
         raise ValueError(
             f"{location} holds a boolean, for which a response may use many words; write those "
@@ -141,7 +125,7 @@ def _parse_answer(value: Any, location: str) -> str:
         )
     if isinstance(value, int | float | Decimal):
         return _write_number(value, location)
-    answer = _parse_text(value, location)
+    answer = parse_text(value, location)
     final = answer.rpartition("####")[2].strip()  # the whole answer where there is no mark
     if not final:
         raise ValueError(f"{location} has nothing after ####")
@@ -158,8 +142,6 @@ def _write_number(value: int | float | Decimal, location: str) -> str:
         ValueError: it has more than `_MOST_DIGITS` digits.
     """
     number = _shortest(value) if isinstance(value, float) else Decimal(value)
-    if not number.is_finite():
-        raise ValueError(f"{location} is {number}, which is no number")
     if abs(number.adjusted()) >= _MOST_DIGITS or len(number.as_tuple().digits) > _MOST_DIGITS:
         raise ValueError(
             f"{location} is a number of more than {_MOST_DIGITS:,} digits; write it as text"

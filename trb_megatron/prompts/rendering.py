@@ -1,29 +1,112 @@
 """The text of a prompt: inside a chat template, or as it is."""
 
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PreTrainedTokenizerFast
 
 from trb_megatron.prompts.records import Record
 
+_LEFT_OUT_ROLES = ("assistant",)  # templates cut the thinking of earlier answers, and mean it
 
-def render_chat(
-    record: Record, tokenizer: PreTrainedTokenizerFast, system_prompt: str | None
-) -> str:
-    """The prompt inside the tokenizer's chat template, up to the opening of the answer.
 
-    The system prompt comes first, unless the messages bring their own. Raises ValueError, with the
-    row, for a template that fails.
+class ChatTemplate:
+    """A tokenizer's chat template with its options.
+
+    Args:
+        section: of the configuration that names the system prompt, for errors.
+        system_prompt: opens a conversation that brings no system message of its own; None: nothing.
+        options: variables of the template, such as `enable_thinking`.
+
+    Raises:
+        ValueError: the tokenizer has no template, or its template no such option.
     """
-    messages = record.prompt
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system_prompt}, *messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template may raise anything, about roles in particular
-        raise ValueError(f"{record.location}: the chat template fails: {error}") from error
-    assert isinstance(text, str)
-    return text
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        section: str,
+        system_prompt: str | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._no_system_prompt = f"set {section}.system_prompt=null"
+        self._system_prompt = system_prompt
+        self._options = options
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template; set "
+                "apply_chat_template=false and system_prompt=null for plain text prompts"
+            )
+        template = tokenizer.get_chat_template()
+        taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+        for name in options:
+            if name in taken or not re.search(rf"\b{re.escape(name)}\b", template):
+                raise ValueError(
+                    f"data.chat_template_kwargs.{name}: is no option of the chat template of "
+                    f"{tokenizer.name_or_path}; correct its name or leave it out"
+                )
+
+    def render(self, record: Record) -> str:
+        """The prompt inside the template, up to the opening of the answer.
+
+        Raises:
+            ValueError: with the row: the template fails, or leaves a message out.
+        """
+        messages = record.prompt
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        own = messages
+        if self._system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._system_prompt}, *messages]
+        text, failure = self._apply(messages)
+        if failure is not None:
+            hint = ""
+            if messages is not own and self._apply(own)[1] is None:
+                hint = f"; it takes no system message: {self._no_system_prompt}"
+            raise ValueError(f"{record.location}: the chat template fails: {failure}{hint}")
+        if (left_out := self._find_left_out(messages, text)) is not None:
+            role = messages[left_out]["role"]
+            fix = "give the row another role or leave it out"
+            if messages is not own and left_out == 0:
+                fix = f"{self._no_system_prompt}, and write the instruction into the prompts"
+            raise ValueError(
+                f"{record.location}: the chat template leaves out the message of the {role} "
+                f"({messages[left_out]['content'][:40]!r}); {fix}"
+            )
+        return text
+
+    def _apply(self, messages: list[dict[str, Any]]) -> tuple[str, Exception | None]:
+        """The rendered text, or why there is none."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self._options
+            )
+        except Exception as error:  # a template may raise anything, about roles in particular
+            return "", error
+        assert isinstance(text, str)
+        return text, None
+
+    def _find_left_out(self, messages: list[dict[str, Any]], text: str) -> int | None:
+        """Which message, if any, makes no difference to the text.
+
+        One whose content is in the text as often as in the messages does; any other is changed to
+        see.
+        """
+        contents = [m["content"].strip() for m in messages if m["role"] not in _LEFT_OUT_ROLES]
+        for number, message in enumerate(messages):
+            content = message["content"].strip()
+            if message["role"] in _LEFT_OUT_ROLES:
+                continue
+            if text.count(content) >= sum(other.count(content) for other in contents):
+                continue
+            changed = [*messages]
+            changed[number] = {**message, "content": f"{message['content']} {content}"}
+            if self._apply(changed) == (text, None):
+                return number
+        return None
 
 
 def plain_text(record: Record) -> str:

@@ -3,17 +3,21 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from trb_megatron.escapes import find_left_over
+from trb_megatron.prompts.files import SourceFiles, find_files
 from trb_megatron.prompts.readers import read_rows
 from trb_megatron.prompts.records import Columns, Record, parse_record
-from trb_megatron.prompts.rendering import plain_text, render_chat
+from trb_megatron.prompts.rendering import ChatTemplate, plain_text
 
+_SHOWN_CHARACTERS = 200  # of the first prompt
+_MOST_NAMES = 3  # of files that a summary lists
 _TOKENIZER_BATCH = 1024  # records encoded by one call, so that the tokenizer's threads have work
 
 
@@ -34,42 +38,59 @@ class Prompt:
 class PromptSet:
     """The prompts of one source, in its order, without those that were too long.
 
-    `fingerprint` is a hash of token ids, answers and responses, wherever they were read from.
-    `warnings` say what can be used but is probably not meant, a line each.
+    Attributes:
+        fingerprint: a hash of token ids, answers and responses, wherever they were read from.
+        summary: what was read: rows, files, split, columns.
+        first_text: the first prompt as the student sees it, decoded.
+        warnings: what can be used but is probably not meant, a line each.
     """
 
     prompts: tuple[Prompt, ...]
     too_long: tuple[Prompt, ...]
     fingerprint: str
-    warnings: tuple[str, ...]
+    summary: str = field(compare=False)
+    first_text: str = field(compare=False)
+    warnings: tuple[str, ...] = field(compare=False)
+
+    def describe_first(self) -> str:
+        """The first prompt's end, on one line, for the start-up report."""
+        end = self.first_text[-_SHOWN_CHARACTERS:]
+        cut = "..." if end != self.first_text else ""
+        return f"first prompt, {len(self.prompts[0].token_ids):,} tokens: {cut}{end!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSource:
     """Where prompts come from, and how they become tokens.
 
-    A source is a JSON Lines file, a JSON array, parquet (a file or a folder of files) or a Hugging
-    Face dataset folder on disk.
+    A source is a file of JSON Lines, a JSON array, CSV or parquet, or a folder of such files, or a
+    Hugging Face dataset folder on disk.
 
     Attributes:
-        format: "auto", "jsonl", "parquet" or "hf".
+        format: "auto", "jsonl", "csv", "parquet" or "hf".
+        split: of a folder of several splits; None: `default_split`.
+        default_split: of a folder of several splits; None: refuse to choose.
         columns: of prompt, answer and response; those of the last two may be None.
-        section: of the configuration that names the columns, for errors.
+        section: of the configuration that describes the source, for errors.
         needs_answers: every row must have an answer; else either all rows have one, or none has.
         system_prompt: opens a chat that brings none of its own; needs a chat template.
         apply_chat_template: render the tokenizer's template around the prompt, which may then be a
             list of messages; without, a prompt is plain text and must be a string.
+        chat_template_kwargs: options of the template.
         max_prompt_tokens: longer prompts are set apart.
         limit: the first so many rows; None: all.
     """
 
     path: Path
     format: str
+    split: str | None = None
+    default_split: str | None = None
     columns: Columns
     section: str = "data"
     needs_answers: bool = True
     system_prompt: str | None
     apply_chat_template: bool
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_prompt_tokens: int
     limit: int | None = None
 
@@ -96,36 +117,42 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
 
     A prompt is a string or a list of chat messages. An answer is a string, a number or a list of
     acceptable ones; of a solution in GSM8K's form only what follows `####` counts. A value that is
-    null, blank, NaN or an empty list is no answer.
+    null, blank or an empty list is no answer.
 
     Raises ValueError naming the file and the line or row of anything that cannot be used, and when
     no prompt is left.
     """
-    if source.apply_chat_template and not tokenizer.chat_template:
-        raise ValueError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; set "
-            "apply_chat_template=false and system_prompt=null for plain text prompts"
+    template = None
+    if source.apply_chat_template:
+        template = ChatTemplate(
+            tokenizer, source.section, source.system_prompt, source.chat_template_kwargs
         )
-    columns, needed = source.columns, source.needed_columns
-    optional = [column for column in columns if column is not None]
-    rows = itertools.islice(read_rows(source.path, source.format, needed, optional), source.limit)
-    records = _with_all_answers_or_none(
-        parse_record(index, location, row, columns, needed)
-        for index, (location, row) in enumerate(rows)
+    files = find_files(
+        source.path, source.format, source.section, source.split, source.default_split
     )
+    has_answers = False
     prompts: list[Prompt] = []
     too_long: list[Prompt] = []
     left_over: list[tuple[str, str]] = []
-    for batch in _batched(records, _TOKENIZER_BATCH):
-        for prompt in _tokenize(batch, tokenizer, source):
+    for batch in _batched(_read_records(source, files), _TOKENIZER_BATCH):
+        has_answers = has_answers or batch[0].answer is not None
+        for prompt in _tokenize(batch, tokenizer, template):
             fits = len(prompt.token_ids) <= source.max_prompt_tokens
             (prompts if fits else too_long).append(prompt)
         left_over += [(r.location, r.left_over) for r in batch if r.left_over is not None]
     if not prompts:
         longer = f"all {len(too_long)} are longer than max_prompt_tokens={source.max_prompt_tokens}"
         raise ValueError(f"{source.path}: no prompts: {longer if too_long else 'it is empty'}")
-    warnings = tuple(_warnings(source, left_over))
-    return PromptSet(tuple(prompts), tuple(too_long), _fingerprint(prompts), warnings)
+    read = list(source.columns if has_answers else source.columns._replace(answer=None))
+    return PromptSet(
+        prompts=tuple(prompts),
+        too_long=tuple(too_long),
+        fingerprint=_fingerprint(prompts),
+        summary=f"{len(prompts) + len(too_long):,} rows of {_describe_files(source, files)}, "
+        f"columns {', '.join(column for column in read if column is not None)}",
+        first_text=str(tokenizer.decode(list(prompts[0].token_ids))),
+        warnings=tuple(_warnings(source, left_over)),
+    )
 
 
 _SHOWN_ROWS = 3
@@ -145,6 +172,38 @@ def _warnings(source: PromptSource, left_over: list[tuple[str, str]]) -> Iterato
         )
 
 
+def _describe_files(source: PromptSource, files: SourceFiles) -> str:
+    """Which files were read, and which of the folder were not."""
+    if files.split is None:
+        return str(source.path)
+    names = [file.relative_to(source.path).as_posix() for file in files.files]
+    count = f"{len(names):,} files: " if len(names) > 1 else ""
+    if len(names) > _MOST_NAMES:
+        names = [names[0], "...", names[-1]]
+    others = [split for split in files.splits if split != files.split]
+    return "".join(
+        (
+            f"{source.path} ({count}{', '.join(names)}",
+            f"; split {files.split}, not {', '.join(others)}" if others else "",
+            f"; {len(files.unread)} of no split not read" if files.unread else "",
+            ")",
+        )
+    )
+
+
+def _read_records(source: PromptSource, files: SourceFiles) -> Iterator[Record]:
+    """The checked rows of all files, one after the other, up to the source's limit."""
+    columns, needed = source.columns, source.needed_columns
+    optional = [column for column in columns if column is not None]
+    rows = itertools.chain.from_iterable(
+        read_rows(file, files.format, needed, optional) for file in files.files
+    )
+    return _with_all_answers_or_none(
+        parse_record(index, location, row, columns, needed)
+        for index, (location, row) in enumerate(itertools.islice(rows, source.limit))
+    )
+
+
 def _with_all_answers_or_none(records: Iterable[Record]) -> Iterator[Record]:
     with_answer: Record | None = None
     without: Record | None = None
@@ -162,14 +221,12 @@ def _with_all_answers_or_none(records: Iterable[Record]) -> Iterator[Record]:
 
 
 def _tokenize(
-    records: list[Record], tokenizer: PreTrainedTokenizerFast, source: PromptSource
+    records: list[Record], tokenizer: PreTrainedTokenizerFast, template: ChatTemplate | None
 ) -> Iterator[Prompt]:
-    if source.apply_chat_template:
-        texts = [render_chat(record, tokenizer, source.system_prompt) for record in records]
-    else:
-        texts = [plain_text(record) for record in records]
+    render = plain_text if template is None else template.render
+    texts = [render(record) for record in records]
     # A chat template writes its own special tokens; plain text gets those of the tokenizer.
-    prompt_ids = _encode(texts, tokenizer, add_special_tokens=not source.apply_chat_template)
+    prompt_ids = _encode(texts, tokenizer, add_special_tokens=template is None)
     responses = [record.response or "" for record in records]
     response_ids = _encode(responses, tokenizer, add_special_tokens=False)
     for record, ids, of_response in zip(records, prompt_ids, response_ids, strict=True):
