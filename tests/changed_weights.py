@@ -214,11 +214,11 @@ CHANGES: Changes = {
     ),
     "an adapter": (
         _add("model.layers.0.self_attn.q_proj.lora_A.weight", 4, 32),
-        "of an adapter that is not merged",
+        "belong to an adapter that is not merged",
     ),
     "an adapter's base": (
         _rename(lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight")),
-        "of an adapter that is not merged",
+        "belong to an adapter that is not merged",
     ),
     "a wrapped model": (
         _rename(lambda name: "base_model.model." + name),
@@ -229,11 +229,11 @@ CHANGES: Changes = {
         "the file has transformer.",
     ),
     "compiled": (_rename(lambda name: "_orig_mod." + name), "the file has _orig_mod."),
-    "no norm": (_remove("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
-    "no queries": (_remove("q_proj.weight"), "2 tensors are missing"),
+    "no norm": (_remove("model.norm.weight"), "tensors are missing: model.norm.weight"),
+    "no queries": (_remove("q_proj.weight"), "tensors are missing"),
     "no embedding": (_remove("embed_tokens.weight"), "missing: model.embed_tokens.weight"),
     "fewer rows": (_cut_rows, "has shape [60, 32], config.json asks for [61, 32]"),
-    "fp8 with scales": (_quantise, "of quantised weights"),
+    "fp8 with scales": (_quantise, "belong to quantised weights"),
     "a classifier": (_add("score.weight", 2, 32), "score.weight"),
     "a value head": (_add("v_head.summary.weight", 1, 32), "v_head.summary.weight"),
     "an old mask": (_add("model.layers.0.self_attn.masked_bias", 1), None),
@@ -260,12 +260,12 @@ ONLY_IN: dict[str, Changes] = {
         "integers": (_cast(torch.int32, "q_proj.weight"), "has type I32"),
     },
     "mistral": {"biases": (_configure(attention_bias=True), None)},  # its class has no such key
-    "qwen2": {"no biases": (_remove("k_proj.bias"), "2 tensors are missing")},
-    "qwen3": {"no norms": (_remove("q_norm.weight"), "2 tensors are missing")},
+    "qwen2": {"no biases": (_remove("k_proj.bias"), "tensors are missing")},
+    "qwen3": {"no norms": (_remove("q_norm.weight"), "tensors are missing")},
     "qwen3_moe": {
         "an expert too many": (
             _configure(num_local_experts=3),
-            "doesn't have and would compute without",
+            "have no place in a qwen3_moe model",
         ),
         "an expert too few": (_configure(num_local_experts=5), "tensors are missing"),
         "fused experts": (_fuse_experts, "tensors are missing"),

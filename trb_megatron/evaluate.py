@@ -158,7 +158,10 @@ def _name_sets(files: Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: a name for two files.
     """
+    from trb_megatron.prompts.files import COMPRESSIONS
+
     paths = [Path(file) for file in files]
+    paths = [path.with_suffix("") if path.suffix in COMPRESSIONS else path for path in paths]
     stems = [path.stem for path in paths]
     sets: dict[str, str] = {}
     for path, file in zip(paths, files, strict=True):

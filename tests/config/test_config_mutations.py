@@ -876,8 +876,7 @@ def test_command_line_ends_with_status_2_and_no_traceback(module: str, tmp_path:
         if module == "evaluate" and concerns_training_alone(file, mutant):
             continue
         arguments.append([str(file), *mutant.overrides])
-        needed_to_train = ("run: required", "data: required") if module == "evaluate" else ()
-        named.append(tuple(name for name in mutant.named if name not in needed_to_train))
+        named.append(mutant.named if module == "train" else needed_by_an_evaluation(mutant.named))
     assert len(named) >= 25
     valid = write(Mutant("base", to_yaml(BASES["distill"])), tmp_path)
     # One process is a job of one rank.
@@ -898,6 +897,11 @@ def test_command_line_ends_with_status_2_and_no_traceback(module: str, tmp_path:
         assert status == 2
         assert said.startswith(("error: ", "usage: "))
         check_readable(said, names)
+
+
+def needed_by_an_evaluation(named: tuple[str, ...]) -> tuple[str, ...]:
+    """What an error of an evaluation names: it needs no run's folder and no training prompts."""
+    return tuple(name for name in named if name not in ("run: required", "data: required"))
 
 
 def concerns_training_alone(file: Path, mutant: Mutant) -> bool:

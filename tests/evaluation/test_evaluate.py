@@ -206,8 +206,8 @@ PROBLEMS = ("--problems", "p.jsonl")
         ),
         (("nowhere.yaml", "--student", "s", *PROBLEMS), "nowhere.yaml: cannot be read"),
         (
-            ("--student", "s", "--problems", "a/t.jsonl", "b/t.jsonl", "c/a/t.json"),
-            "a/t.jsonl and c/a/t.json would both be called a-t; name them by evaluation.sets.NAME",
+            ("--student", "s", "--problems", "a/t.jsonl", "b/t.jsonl", "c/a/t.json.gz"),
+            "a/t.jsonl and c/a/t.json.gz would both be called a-t; name them by evaluation.sets.",
         ),
     ],
 )

@@ -34,7 +34,15 @@ def _edit_config(folder: Path, **values: object) -> None:
             {"model_type": "gpt_neox"},
             "gpt_neox.*supported: llama, mistral, qwen2, qwen3",
         ),
-        ({"use_sliding_window": True, "sliding_window": 64}, "sliding_window = 64"),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "max_window_layers": 1,
+                "layer_types": None,
+            },
+            "sliding_window = 64",
+        ),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights .*gptq"),
@@ -51,6 +59,14 @@ def test_unsupported_config_is_refused(
     _edit_config(tmp_path, **values)
     with pytest.raises(CheckpointError, match=message):
         read_hf_config(tmp_path)
+
+
+def test_window_that_no_layer_uses_is_no_window(tmp_path: Path) -> None:
+    """The layers from `max_window_layers` on have it, and there are two."""
+    make_checkpoint(tmp_path)
+    window = {"use_sliding_window": True, "sliding_window": 64, "layer_types": None}
+    _edit_config(tmp_path, **window, max_window_layers=2)
+    assert read_hf_config(tmp_path).num_layers == 2
 
 
 def test_missing_and_broken_config_are_named(tmp_path: Path) -> None:

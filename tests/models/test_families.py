@@ -107,11 +107,13 @@ def _edited(folder: Path, target: Path, **values: object) -> Path:
     ("family", "values", "message"),
     [
         ("mistral", {"sliding_window": 32}, r"sliding window \(sliding_window = 32"),
+        # A key that Mistral's class doesn't have, so that transformers uses the window.
+        ("mistral", {"sliding_window": 32, "use_sliding_window": False}, "sliding window"),
         ("llama", {"mlp_bias": True}, "mlp_bias is not supported"),
         ("llama", {"attention_bias": True}, "attention_bias is not supported"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mixture of dense and expert layers"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "mixture of dense and expert layers"),
-        ("llama", {"hidden_size": "many"}, "not a valid llama configuration"),
+        ("llama", {"hidden_size": "many"}, 'hidden_size is "many"; expected an integer'),
     ],
 )
 def test_features_that_are_not_built_are_refused(

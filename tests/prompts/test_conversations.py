@@ -66,8 +66,11 @@ def message(**values: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ([USER, SOLUTION], "ends with a message of the assistant .*the solution"),
-        (json.dumps([USER, SOLUTION]), "ends with a message of the assistant .*the solution"),
+        ([USER, SOLUTION], "ends with a message of the assistant, perhaps the solution"),
+        (
+            json.dumps([USER, SOLUTION]),
+            "ends with a message of the assistant, perhaps the solution",
+        ),
         ([USER, SYSTEM], "ends with a message of the system"),
         ([SYSTEM], "ends with a message of the system"),
         ([], "is an empty list of messages"),

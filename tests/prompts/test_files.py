@@ -23,10 +23,14 @@ FOLDERS: tuple[tuple[str, str | None, str], ...] = (
     ("train-1.jsonl train-2.jsonl validation.jsonl", None, "train-1.jsonl train-2.jsonl"),
     ("train.jsonl.gz dev.jsonl.gz", None, "train.jsonl.gz"),
     (f"data/train{SHARD} data/test{SHARD}", None, f"data/train{SHARD}"),
-    (f"data/train_sft{SHARD} data/test_sft{SHARD}", None, "!has test_sft, train_sft; .*data.split"),
+    (
+        f"data/train_sft{SHARD} data/test_sft{SHARD}",
+        None,
+        "!splits test_sft, train_sft; .*data.split",
+    ),
     (f"data/train_sft{SHARD} data/test_sft{SHARD}", "train_sft", f"data/train_sft{SHARD}"),
     ("train/a.jsonl train/b.jsonl test/a.jsonl", None, "train/a.jsonl train/b.jsonl"),
-    ("valid/a.jsonl test/a.jsonl", None, "!has validation, test; choose a split by data.split"),
+    ("valid/a.jsonl test/a.jsonl", None, "!has the splits validation, test; .*data.split"),
     ("train.jsonl test.jsonl", "dev", "!has no split dev, but train, test; .*data.split"),
     ("a.jsonl b.jsonl", None, "a.jsonl b.jsonl"),
     ("latest.jsonl contest.jsonl", None, "contest.jsonl latest.jsonl"),
@@ -69,7 +73,7 @@ def test_folder_is_read_as_load_dataset_would(
 def test_problems_are_of_a_split_that_is_named(tmp_path: Path) -> None:
     section = "evaluation.sets.x"
     folder = make_files(tmp_path, "train.jsonl test.jsonl")
-    with pytest.raises(ValueError, match=r"has train, test; .*by evaluation\.sets\.x\.split"):
+    with pytest.raises(ValueError, match=r"splits train, test; .*by evaluation\.sets\.x\.split"):
         find_files(folder, "auto", section)
     assert find_files(folder, "auto", section, "test").files == (folder / "test.jsonl",)
     with pytest.raises(ValueError, match=r"test\.jsonl: is a file, .*leave out .*x\.split"):
@@ -187,7 +191,7 @@ def test_saved_dataset_of_several_splits(
 
     assert prompts(folder, default_split="train") == prompts(folder / "train") == ["a"]
     assert prompts(folder, split="test") == prompts(folder / "test") == ["b"]
-    with pytest.raises(ValueError, match=r"hf: has test, train; choose a split by data\.split"):
+    with pytest.raises(ValueError, match=r"hf: has the splits test, train; .*data\.split"):
         load(folder, tokenizer)
     with pytest.raises(ValueError, match=r"train: is one dataset, without splits; leave out"):
         load(folder / "train", tokenizer, split="train")

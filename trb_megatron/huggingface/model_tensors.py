@@ -60,7 +60,7 @@ def open_model(config: HFModelConfig) -> tuple[HFTensors, list[str]]:
     _refuse_other_models(config, unknown)
     _refuse_missing(tensors, expected)
     _refuse_unknown(config, unknown)
-    for name, shape in expected.items():
+    for name, shape in sorted(expected.items()):
         if tensors.shape(name) != shape:
             raise CheckpointError(
                 f"{config.path}: tensor {name} has shape {list(tensors.shape(name))}, "
@@ -70,7 +70,8 @@ def open_model(config: HFModelConfig) -> tuple[HFTensors, list[str]]:
     if not heads:
         return tensors, []
     return tensors, [
-        f"{config.path}: {_count(heads)} of another head than the language model's: left out"
+        f"{config.path}: {_count(heads)} belong to another head than the language model's and are "
+        "left out"
     ]
 
 
@@ -118,13 +119,13 @@ def _refuse_other_models(config: HFModelConfig, unknown: Collection[str]) -> Non
         )
     if adapter := [name for name in unknown if _ADAPTER.search(name)]:
         raise CheckpointError(
-            f"{config.path}: {_count(adapter)} of an adapter that is not merged; merge it by "
-            "merge_and_unload() of peft and save the model again"
+            f"{config.path}: {_count(adapter)} belong to an adapter that is not merged; "
+            "merge it by merge_and_unload() of peft and save the model again"
         )
     if quantised := [name for name in unknown if _QUANTISED.search(name)]:
         raise CheckpointError(
-            f"{config.path}: {_count(quantised)} of quantised weights, which cannot be trained or "
-            "converted; use the checkpoint that they were made from, or dequantise them"
+            f"{config.path}: {_count(quantised)} belong to quantised weights, which cannot be "
+            "trained or converted; use the checkpoint that they were made from, or dequantise them"
         )
 
 
@@ -132,21 +133,24 @@ def _refuse_missing(tensors: HFTensors, expected: Collection[str]) -> None:
     missing = sorted(set(expected) - tensors.names)
     if not missing:
         return
-    message = f"{tensors.path}: {len(missing)} tensors are missing: {_shorten(missing)}"
+    advice = "correct config.json, or take the complete weights"
     if missing == [OUTPUT]:
-        message += (
-            "; set tie_word_embeddings to true in config.json if the output weight is the embedding"
+        advice = (
+            "set tie_word_embeddings to true in config.json if the output weight is the embedding"
         )
     if missing[0] in tensors.absent:
-        message += (
-            f"; {INDEX_FILE} promises {missing[0]} in {tensors.absent[missing[0]]}, which lacks "
-            "it: download the folder once more"
+        advice = (
+            f"{INDEX_FILE} promises {missing[0]} in {tensors.absent[missing[0]]}, which lacks it: "
+            "download the folder once more"
         )
     tails = tuple("." + name.removeprefix(BASE_MODEL) for name in missing)
     others = sorted(name for name in tensors.names - set(expected) if name.endswith(tails))
     if others:
-        message += f"; the file has {others[0]}: save the model itself, under its own names"
-    raise CheckpointError(message)
+        advice = f"the file has {others[0]}: save the model itself, under its own names"
+    raise CheckpointError(
+        f"{tensors.path}: {len(missing)} of the model's {len(expected)} tensors are missing: "
+        f"{_shorten(missing)}; {advice}"
+    )
 
 
 def _refuse_unknown(config: HFModelConfig, unknown: Collection[str]) -> None:
@@ -154,15 +158,15 @@ def _refuse_unknown(config: HFModelConfig, unknown: Collection[str]) -> None:
         return
     biases = [name for name in unknown if name.endswith(".bias")]
     raise CheckpointError(
-        f"{config.path}: {_count(biases or unknown)} that a {config.family} model with this "
-        "config.json doesn't have and would compute without; correct config.json, or save the "
-        "weights without them if you mean that"
+        f"{config.path}: {_count(biases or unknown)} have no place in a {config.family} model with "
+        "this config.json, which would compute without; correct config.json, or save the weights "
+        "without them if you mean that"
     )
 
 
 def _count(names: Collection[str]) -> str:
     """How many tensors, and the first of their names."""
-    return f"{len(names)} tensors ({_shorten(sorted(names))})"
+    return f"{len(names)} of the tensors ({_shorten(sorted(names))})"
 
 
 def _shorten(names: list[str]) -> str:

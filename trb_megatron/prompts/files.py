@@ -223,7 +223,7 @@ def _choose_split(
     only = next(iter(splits)) if len(splits) == 1 else None
     chosen = wanted or only or default
     if chosen is None or chosen not in splits:
-        has_it = f"has no split {wanted}, but" if wanted else "has"
+        has_it = f"has no split {wanted}, but" if wanted else "has the splits"
         raise ValueError(
             f"{path}: {has_it} {names}; choose a split by {section}.split, or name one of its "
             f"files in {section}.path"

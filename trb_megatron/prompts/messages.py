@@ -34,10 +34,10 @@ def parse_prompt(value: Any, location: str) -> str | list[dict[str, Any]]:
         raise ValueError(f"{location} is an empty list of messages")
     messages = [_parse_message(m, f"{location}: message {n}") for n, m in enumerate(value, start=1)]
     if (last := messages[-1]["role"]) != "user":
-        what = "perhaps the solution; " if last == "assistant" else ""
+        what = ", perhaps the solution" if last == "assistant" else ""
         raise ValueError(
-            f"{location} ends with a message of the {last} ({what}the model answers a user); leave "
-            "it out of the prompt"
+            f"{location} ends with a message of the {last}{what}; the model answers a user: leave "
+            "out what comes behind the user's last message"
         )
     return messages
 
