@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "trb_megatron"
 FLOORS = (
-    {"atomic_folder", "file_checks", "uniforms", "batch"},
+    {"atomic_folder", "escapes", "file_checks", "uniforms", "batch"},
     {"config", "huggingface", "job", "prompts"},
     {"distributed"},
     {"behavior"},

@@ -49,12 +49,14 @@ def main(arguments: list[str] | None = None) -> None:
         from trb_megatron.models.sources import ModelSources
         from trb_megatron.rollout.engine import RolloutEngine
 
-        with setup_errors():
-            sources = ModelSources.read(config, with_teacher=False)
-            problem_sets = load_problem_sets(config, sources.tokenizer)
-            models = Models.load(sources, config, layout, say=_tell)
-        engine = RolloutEngine(models.student, None, layout, config.rollout)
         with start_reward_workers(config.rewards, layout) as rewards:
+            with setup_errors():
+                if rewards is not None:
+                    rewards.check()
+                sources = ModelSources.read(config, with_teacher=False)
+                problem_sets = load_problem_sets(config, sources.tokenizer)
+                models = Models.load(sources, config, layout, say=_tell)
+            engine = RolloutEngine(models.student, None, layout, config.rollout)
             with setup_errors():
                 evaluator = Evaluator(config, sources, problem_sets, engine, rewards, layout)
             for line in _describe(config, evaluator):
@@ -192,6 +194,7 @@ def _describe(config: JobConfig, evaluator: Evaluator) -> Iterator[str]:
             if too_long
             else ""
         )
+        yield from (f"warning: {name}: {warning}" for warning in problems.warnings)
         own = "" if len(evaluation.sets) == 1 else f"{name}: "
         if not data.apply_chat_template:
             yield f"{own}plain text (data.apply_chat_template=false)"

@@ -93,12 +93,16 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
     """
     _describe_start(config, layout)
     check_run_folder(config)
+    if rewards is not None:
+        rewards.check()
     sources = ModelSources.read(config, with_teacher=config.is_distilling)
     plan = _plan(config, sources, layout)
     prompt_set = _read_prompts(config, sources)
     problem_sets = load_problem_sets(config, sources.tokenizer)
     for name, problems in problem_sets.items():
         say(f"problems {name}: {problems.summary}; {len(problems.too_long):,} too long")
+        for warning in problems.warnings:
+            say(f"warning: {name}: {warning}")
     _check_tokenizers(sources, prompt_set)
 
     models = Models.load(sources, config, layout, say=say)
@@ -205,6 +209,8 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
         f"data.max_prompt_tokens={data.max_prompt_tokens}"
     )
     say(prompt_set.describe_first())
+    for warning in prompt_set.warnings:
+        say(f"warning: {warning}")
     if config.is_distilling and prompt_set.prompts[0].answer is None:
         reason = (
             f"no prompt has an answer in the column {AUTO_ANSWER_COLUMN!r}; name another in "

@@ -180,7 +180,7 @@ class Trainer:
         answers = [self._answers.get(rollout.prompt_index) for rollout in rollouts]
         graded = [(r, answer) for r, answer in zip(rollouts, answers, strict=True) if answer]
         return self.rewards.score(
-            [self.sources.decode(rollout.response_ids) for rollout, _ in graded],
+            [self.sources.decode_to_grade(r.prompt_ids, r.response_ids) for r, _ in graded],
             [answer for _, answer in graded],
         )
 

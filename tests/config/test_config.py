@@ -151,6 +151,13 @@ def test_every_mistake_is_named_at_once(minimal: Path) -> None:
         ("run: {dir: a}\nstudent: [", r"broken\.yaml:2: broken YAML"),
         ("run: {dir: a}\nloss:\n  top_k: 2\n  top_k: 3\n", r"broken\.yaml:4:.*'top_k'.*twice"),
         ("run: {dir: a}\nloss:\n\ttop_k: 2\n", r"broken\.yaml:3:"),
+        (
+            'run: {dir: a}\ndata:\n  system_prompt: "in \\boxed{}"\n',
+            r"broken\.yaml:3: .*holds a backspace, .*unescaped \\boxed .*write \\\\boxed, or put",
+        ),
+        ('data: {system_prompt: "\\frac{1}{2}"}\n', r"broken\.yaml:1: .* a form feed, .*\\frac"),
+        ('data: {system_prompt: "\\vec{x}"}\n', r"broken\.yaml:1: .* a vertical tab, .*\\vec"),
+        ('data: {system_prompt: "\\alpha"}\n', r"broken\.yaml:1: .* a bell, .*\\alpha"),
         ("run: {dir: a}\ndata: {path: \x07}\n", r"broken\.yaml:2:"),
         ("- run\n", "expected sections"),
     ],

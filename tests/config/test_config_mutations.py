@@ -226,6 +226,10 @@ OPTIONS: dict[str, Options] = {
     "evaluation.max_response_tokens": whole_or_auto(1, 2**31 - 1),
     "rewards.workers": whole(1, 1024),
     "rewards.timeout_s": positive(0.01, 86_400),
+    "rewards.grader": Options(
+        ("grade", "a:b:c", "a/b.py:grade", "1a:b", ":b", "a:", "5", "true", "''", *NOT_SCALARS),
+        (("my_rewards:grade", "my_rewards:grade"), ("a.b:c", "a.b:c"), ("null", None)),
+    ),
     "logging.tensorboard": flag(),
     "logging.wandb_project": text(null=True),
 }

@@ -12,8 +12,11 @@ import pytest
 from tests.layouts import write_inputs
 from tests.runs import run_module
 from tests.tiny import make_checkpoint, make_prompts, make_tokenizer
+from trb_megatron.config.reading import load_job_config
 from trb_megatron.evaluate import main
 from trb_megatron.evaluation.evaluator import EvaluationResult, pass_at_k
+from trb_megatron.evaluation.final_answer import find_answer
+from trb_megatron.models.sources import ModelSources
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 2), (7, 3, 7)])
@@ -57,6 +60,21 @@ def test_command_evaluates_the_same_at_two_layouts(tmp_path: Path) -> None:
     assert results == json.loads(two.stdout)
     assert set(results) >= {"eval/sums/pass@1", "eval/sums/pass@2"}
     assert 0 < results["eval/sums/response_length"] <= 16
+
+
+def test_thinking_that_the_template_opened_is_not_the_answer() -> None:
+    demo = Path(__file__).parents[2] / "launch" / "demo" / "student"
+    config = load_job_config(None, [f"student.path={demo}"])
+    sources = ModelSources.read(config, with_teacher=False)
+    response = sources.tokenizer.encode("9 or 12", add_special_tokens=False)
+    for prompt, text in (
+        ("1+2<think>\n", "<think>9 or 12"),
+        ("1+2", "9 or 12"),
+        ("<think>1+2</think>", "9 or 12"),
+    ):
+        prompt_ids = sources.tokenizer.encode(prompt, add_special_tokens=False)
+        assert sources.decode_to_grade(prompt_ids, response) == text
+        assert (find_answer(text) is None) == (text != "9 or 12")
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trb_megatron.evaluation.rewards import MATH_VERIFY_WORKER, Grade, RewardWorkers
+from trb_megatron.config.values import ConfigError
+from trb_megatron.evaluation.rewards import WORKER, Grade, RewardWorkers
+from trb_megatron.job.supervision import RunError
 
 # A worker whose verdict, sleep or death is what the response asks for.
 SCRIPTED_WORKER = """\
@@ -32,9 +34,9 @@ def grade(response, answers):
     if response == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(float(response) if response[:1].isdigit() else 0)
-    return response in answers, response
+    return {{"reward": float(response in answers), "extracted": response}}
 
-serve(grade, float(sys.argv[1]))
+serve(lambda: grade, float(sys.argv[1]))
 """
 
 
@@ -153,7 +155,7 @@ def test_what_was_extracted_is_told(scripted: list[str]) -> None:
     long = "a" * 100_000
     with RewardWorkers(workers=1, timeout_s=0.5, command=scripted) as workers:
         found = workers.grade([long, "crash"], [long, "crash"])
-    assert found == [Grade(True, long), Grade(False, timed_out=True)]
+    assert found == [Grade(1.0, long), Grade(0.0, timed_out=True)]
 
 
 def test_expression_that_is_too_large_scores_zero_in_time() -> None:
@@ -212,6 +214,99 @@ def test_worker_that_cannot_start_is_an_error() -> None:
         workers.score(["a"], ["a"])
 
 
+OWN_GRADER = """\
+import time
+
+def grade(response, answers):
+    print("noise")
+    if response == "hang":
+        time.sleep(60)
+    if response == "memory":
+        return len(bytearray(2**40)) > 0
+    if response == "recursion":
+        return grade(response, answers)
+    if response == "bug":
+        return answers[7] == response
+    if response.startswith("return "):
+        return eval(response[7:])
+    return response in answers
+
+def no_arguments():
+    return True
+
+def keywords(response, answers, *, weight):
+    return True
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own_grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_grader.py").write_text(OWN_GRADER)
+    (tmp_path / "broken_grader.py").write_text("import no_such_module\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("own_grader")
+def test_own_grader_grades_under_the_same_limits() -> None:
+    responses = ["a", "b", "return 0.25", "return True", "hang", "memory", "recursion", "a"]
+    with RewardWorkers(2, timeout_s=1.0, grader="own_grader:grade") as workers:
+        workers.check()
+        grades = workers.grade(responses, ["a"] * len(responses))
+        assert [grade.reward for grade in grades] == [1.0, 0.0, 0.25, 1.0, 0.0, 0.0, 0.0, 1.0]
+        assert [grade.is_right for grade in grades[:4]] == [True, False, False, True]
+        assert workers.num_timeouts == 3
+
+
+@pytest.mark.usefixtures("own_grader")
+@pytest.mark.parametrize(
+    ("response", "complaint"),
+    [
+        ("bug", r"raises IndexError: list index out of range \(.*own_grader\.py:12\)"),
+        ("return 2", "returns 2; expected True, False or a number from 0 to 1"),
+        ("return -0.5", "returns -0.5; expected"),
+        ("return float('nan')", "returns nan; expected"),
+        ("return None", "returns None; expected"),
+        ("return '1'", "returns '1'; expected"),
+    ],
+)
+def test_own_grader_that_fails_ends_the_run(response: str, complaint: str) -> None:
+    message = (
+        rf"^rewards\.grader=own_grader:grade {complaint}.*; it was given the response .*\['a'\]$"
+    )
+    with (
+        RewardWorkers(1, timeout_s=30.0, grader="own_grader:grade") as workers,
+        pytest.raises(RunError, match=message),
+    ):
+        workers.score(["a", response], ["a", "a"])
+
+
+@pytest.mark.usefixtures("own_grader")
+@pytest.mark.parametrize(
+    ("grader", "complaint"),
+    [
+        ("no_such:grade", "cannot import no_such: ModuleNotFoundError: No module named 'no_such'"),
+        ("broken_grader:grade", "cannot import broken_grader: .* No module named 'no_such_module'"),
+        ("own_grader:greade", r"own_grader\.py has no function greade"),
+        ("own_grader:number", r"own_grader\.py has no function number"),
+        (
+            "own_grader:no_arguments",
+            r"no_arguments\(\) cannot be called as no_arguments\(response,",
+        ),
+        ("own_grader:keywords", r"cannot be called as keywords\(response, answers\): missing"),
+    ],
+)
+def test_own_grader_that_cannot_be_used_is_refused_at_the_start(
+    grader: str, complaint: str
+) -> None:
+    with (
+        RewardWorkers(1, timeout_s=30.0, grader=grader) as workers,
+        pytest.raises(ConfigError, match=rf"^rewards\.grader={grader}: .*{complaint}"),
+    ):
+        workers.check()
+
+
 def test_lengths_must_agree(scripted: list[str]) -> None:
     with (
         RewardWorkers(workers=1, timeout_s=1.0, command=scripted) as workers,
@@ -221,13 +316,13 @@ def test_lengths_must_agree(scripted: list[str]) -> None:
 
 
 def test_worker_does_not_import_torch() -> None:
-    command = [sys.executable, "-X", "importtime", *MATH_VERIFY_WORKER[1:], "5"]
+    command = [sys.executable, "-X", "importtime", *WORKER[1:], "5"]
     result = subprocess.run(
         command, input="", capture_output=True, text=True, check=True, timeout=60
     )
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "math_verify" in imported
-    assert not imported & {"torch", "trb_megatron"}
+    assert not imported & {"torch", "pydantic", "transformers"}
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ GOOD_LINE = b'{"prompt": "p", "answer": "1"}\n'
         (b'{"prompt": [{"role": "user"}], "answer": "1"}\n', "content holds NoneType"),
         (b'{"prompt": "p"}\n', "no value in the column 'answer'"),
         (b'{"prompt": "p", "answer": ""}\n', "'answer' is empty"),
-        (b'{"prompt": "p", "answer": true}\n', "holds bool"),
+        (b'{"prompt": "p", "answer": true}\n', "holds a boolean"),
         (b'{"prompt": "p", "answer": []}\n', "empty list of answers"),
         (b'{"prompt": "p", "answer": "so ####"}\n', "nothing after ####"),
     ],

@@ -16,6 +16,7 @@ from trb_megatron.config.values import (
     Flag,
     FP8Recipe,
     Fraction,
+    GraderName,
     LossName,
     Momentum,
     Name,
@@ -269,6 +270,9 @@ class RewardsConfig(Section):
     """Grading processes of each data-parallel replica."""
     timeout_s: Annotated[float, between(0.01, 86_400)] = 10.0
     """Seconds for one answer. An answer that takes longer scores 0."""
+    grader: GraderName | None = None
+    """A function of your own that grades, as `module:function`; `null`: math-verify and the rules
+    of [Evaluation](evaluation.md#how-it-grades)."""
 
 
 class LoggingConfig(Section):

@@ -1,8 +1,9 @@
-"""The plain part of YAML that configurations are written in: read strictly, written back equal.
+r"""The plain part of YAML that configurations are written in: read strictly, written back equal.
 
 Words have the types of YAML 1.2: a date, `12:30`, `1_000` and `yes` are text, `010` is ten and
 `1e-5` is a number. Keys are text, and none comes twice in a mapping. Tags such as `!!python/name`
-are refused, all of them, and so is nesting without end.
+are refused, all of them, and so is nesting without end. Text in double quotes, where `"\\b"` is a
+backspace, holds no control characters that LaTeX with single backslashes becomes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
+
+from trb_megatron.escapes import find_control
 
 _MAX_LEVELS = 16
 
@@ -88,8 +91,16 @@ class _Loader(yaml.SafeLoader):
             mapping[key] = self.construct_object(value_node, deep=deep)
         return mapping
 
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        text = str(self.construct_scalar(node))
+        if found := find_control(text):
+            problem = f"the text holds {found}, or put the text in single quotes"
+            raise ConstructorError(None, None, problem, node.start_mark)
+        return text
+
     def construct_integer(self, node: yaml.ScalarNode) -> int:
         return int(node.value)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)

@@ -29,6 +29,12 @@ def _check_path(value: Any) -> Any:
     return value
 
 
+def _check_grader(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
+        raise ValueError("expected module:function, such as my_rewards:grade")
+    return value
+
+
 def _check_scalar(value: Any) -> Any:
     if not isinstance(value, bool | int | float | str | None):
         raise ValueError("expected text, a number, true, false or null")
@@ -86,6 +92,7 @@ Temperature = Annotated[float, between(0.01, 100)]
 TemperatureOrGreedy = Annotated[float, Field(strict=True), zero_or_between(0.01, 100)]
 Name = Annotated[str, Field(min_length=1)]
 ConfigPath = Annotated[Path, BeforeValidator(_check_path), AfterValidator(Path.expanduser)]
+GraderName = Annotated[str, AfterValidator(_check_grader)]
 TemplateOption = Annotated[bool | int | float | str | None, BeforeValidator(_check_scalar)]
 # A set's name becomes part of metric names and of override keys.
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]

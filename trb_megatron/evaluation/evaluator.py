@@ -102,6 +102,7 @@ class GradedResponse:
             "extracted_answer": self.grade.extracted,
             "gold": answers[0] if len(answers) == 1 else list(answers),
             "verdict": self.grade.is_right,
+            "reward": self.grade.reward,
             "timed_out": self.grade.timed_out,
             "length": 0 if self.rollout is None else len(self.rollout.response_ids),
             "stopped": self.rollout is not None and self.rollout.stopped,
@@ -227,15 +228,15 @@ class Evaluator:
             raise NonFiniteError(f"evaluation: {found}")
         responses = self._grade(problems, rollouts)
         graded = [
-            (rollout.prompt_index, r.grade.reward, len(rollout.response_ids), rollout.stopped)
+            (rollout.prompt_index, r.grade.is_right, len(rollout.response_ids), rollout.stopped)
             for r in responses
             if (rollout := r.rollout) is not None
         ]
         graded = [row for rows in gather_from_leaders(graded, self.layout) for row in rows]
         # Those that are too long for a response count as wrong.
         num_correct = [0] * (len(problems.prompts) + len(problems.too_long))
-        for problem, score, _, _ in graded:
-            num_correct[problem] += int(score)
+        for problem, is_right, _, _ in graded:
+            num_correct[problem] += is_right
         result = EvaluationResult(
             pass_at={
                 k: _mean([pass_at_k(num_samples, correct, k) for correct in num_correct])
@@ -258,14 +259,17 @@ class Evaluator:
             return []
         prompts = [problems.prompts[rollout.prompt_index] for rollout in rollouts]
         texts = [self.sources.decode(rollout.response_ids) for rollout in rollouts]
-        grades = self.rewards.grade(texts, [prompt.answer or () for prompt in prompts])
+        grades = self.rewards.grade(
+            [self.sources.decode_to_grade(r.prompt_ids, r.response_ids) for r in rollouts],
+            [prompt.answer or () for prompt in prompts],
+        )
         responses = [
             GradedResponse(prompt, rollout.rollout_index, text, rollout, grade)
             for prompt, rollout, text, grade in zip(prompts, rollouts, texts, grades, strict=True)
         ]
         if self.layout.dp_rank == 0:
             responses += [
-                GradedResponse(prompt, sample, None, None, Grade(is_right=False))
+                GradedResponse(prompt, sample, None, None, Grade(0.0))
                 for prompt in problems.too_long
                 for sample in range(self.config.samples)
             ]

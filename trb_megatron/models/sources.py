@@ -29,6 +29,8 @@ from trb_megatron.models import fp8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Type of parameters and activations, by `training.precision`."""
 
+_LONGEST_TAG = 8  # tokens
+
 
 @dataclass(frozen=True)
 class ModelSources:
@@ -111,6 +113,15 @@ class ModelSources:
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def decode_to_grade(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+        """Text of a response, behind the `<think>` with which a chat template may end the prompt.
+
+        Without it, a response that was cut off while thinking would look like an answer.
+        """
+        end_of_prompt = self.decode(prompt_ids[-_LONGEST_TAG:]).rstrip()
+        opening = "<think>" if end_of_prompt.endswith("<think>") else ""
+        return opening + self.decode(response_ids)
 
 
 def _check_lengths(

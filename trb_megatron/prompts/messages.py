@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from trb_megatron.escapes import find_control
 from trb_megatron.prompts.readers import parse_json
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -51,6 +52,8 @@ def parse_text(value: Any, location: str) -> str:
         value.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
         raise ValueError(f"{location} is not valid Unicode text") from None
+    if found := find_control(value):
+        raise ValueError(f"{location} holds {found}")
     return value
 
 

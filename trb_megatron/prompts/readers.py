@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -146,7 +147,7 @@ def parse_json(text: str, location: str) -> Any:
         raise ValueError(f"{location}: broken JSON at column {error.colno}: {error.msg}") from None
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=Decimal)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -158,6 +159,10 @@ def _json_errors(location: str) -> Iterator[None]:
         raise ValueError(f"{location}: {error}") from None
     except RecursionError:
         raise ValueError(f"{location}: nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{location}: {error}; write it as text") from None
 
 
 # ---------------------------------------------------------------- tables

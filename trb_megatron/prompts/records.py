@@ -1,10 +1,14 @@
 """One row of a prompt source, checked: prompt, acceptable answers, response to imitate."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from trb_megatron.escapes import find_left_over
 from trb_megatron.prompts.columns import find_value, missing_column
 from trb_megatron.prompts.messages import parse_prompt, parse_text
 
@@ -24,6 +28,7 @@ class Record:
     Attributes:
         answer: the acceptable answers; None where the row has none, or none is read.
         no_answer: the complaint about a row that has none in the column that is read.
+        left_over: what in the row looks like LaTeX without its backslash.
     """
 
     index: int
@@ -32,6 +37,7 @@ class Record:
     answer: tuple[str, ...] | None
     no_answer: str | None
     response: str | None
+    left_over: str | None
 
 
 def parse_record(
@@ -57,12 +63,13 @@ def parse_record(
             answer = _parse_answers(value, f"{location}: column {columns.answer!r}")
         elif columns.answer in needed:
             raise ValueError(f"{no_answer}; {needed[columns.answer]}")
+    prompt = parse_prompt(find_value(row, columns.prompt), f"{location}: column {columns.prompt!r}")
+    others = [find_value(row, column) for column in columns[1:] if column is not None]
+    left_over = next(filter(None, map(find_left_over, _texts([prompt, *others]))), None)
     return Record(
         index=index,
         location=location,
-        prompt=parse_prompt(
-            find_value(row, columns.prompt), f"{location}: column {columns.prompt!r}"
-        ),
+        prompt=prompt,
         answer=answer,
         no_answer=no_answer,
         response=(
@@ -72,7 +79,19 @@ def parse_record(
                 find_value(row, columns.response), f"{location}: column {columns.response!r}"
             )
         ),
+        left_over=left_over,
     )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text in a value, that of lists and messages, too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, dict):
+        yield from _texts(list(value.values()))
 
 
 def _missing_answer(row: dict[str, Any], column: str, location: str) -> str | None:
@@ -99,10 +118,45 @@ def _parse_answer(value: Any, location: str) -> str:
             f"{location} holds {value}, which is no answer (often a missing value); write the "
             "answer, or leave the row out"
         )
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, bool):
+        raise ValueError(
+            f"{location} holds a boolean, for which a response may use many words; write those "
+            'that are right as text, such as ["yes", "true"]'
+        )
+    if isinstance(value, int | float | Decimal):
+        return _write_number(value, location)
     answer = parse_text(value, location)
     final = answer.rpartition("####")[2].strip()  # the whole answer where there is no mark
     if not final:
         raise ValueError(f"{location} has nothing after ####")
     return final
+
+
+_MOST_DIGITS = 1000  # of a number that is no text; more are a mistake, or fill the memory
+
+
+def _write_number(value: int | float | Decimal, location: str) -> str:
+    """The number without an exponent, which `str` would write and a grader read as e times x.
+
+    Raises:
+        ValueError: it has more than `_MOST_DIGITS` digits.
+    """
+    number = _shortest(value) if isinstance(value, float) else Decimal(value)
+    if abs(number.adjusted()) >= _MOST_DIGITS or len(number.as_tuple().digits) > _MOST_DIGITS:
+        raise ValueError(
+            f"{location} is a number of more than {_MOST_DIGITS:,} digits; write it as text"
+        )
+    return f"{number:f}"
+
+
+def _shortest(value: float) -> Decimal:
+    """The fewest digits that mean this number, of 32 bits where it was stored in so many.
+
+    A column of 32-bit numbers reads 0.1 as 0.10000000149011612: a long number that 32 bits hold
+    exactly came from them.
+    """
+    number = Decimal(repr(value))
+    is_long = len(number.as_tuple().digits) >= 15
+    if is_long and abs(value) < np.finfo(np.float32).max and float(np.float32(value)) == value:
+        return Decimal(str(np.float32(value)))
+    return number

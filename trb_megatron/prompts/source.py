@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from trb_megatron.escapes import find_left_over
 from trb_megatron.prompts.files import SourceFiles, find_files
 from trb_megatron.prompts.readers import read_rows
 from trb_megatron.prompts.records import Columns, Record, parse_record
@@ -41,6 +42,7 @@ class PromptSet:
         fingerprint: a hash of token ids, answers and responses, wherever they were read from.
         summary: what was read: rows, files, split, columns.
         first_text: the first prompt as the student sees it, decoded.
+        warnings: what can be used but is probably not meant, a line each.
     """
 
     prompts: tuple[Prompt, ...]
@@ -48,6 +50,7 @@ class PromptSet:
     fingerprint: str
     summary: str = field(compare=False)
     first_text: str = field(compare=False)
+    warnings: tuple[str, ...] = field(compare=False)
 
     def describe_first(self) -> str:
         """The first prompt's end, on one line, for the start-up report."""
@@ -130,11 +133,13 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
     has_answers = False
     prompts: list[Prompt] = []
     too_long: list[Prompt] = []
+    left_over: list[tuple[str, str]] = []
     for batch in _batched(_read_records(source, files), _TOKENIZER_BATCH):
         has_answers = has_answers or batch[0].answer is not None
         for prompt in _tokenize(batch, tokenizer, template):
             fits = len(prompt.token_ids) <= source.max_prompt_tokens
             (prompts if fits else too_long).append(prompt)
+        left_over += [(r.location, r.left_over) for r in batch if r.left_over is not None]
     if not prompts:
         longer = f"all {len(too_long)} are longer than max_prompt_tokens={source.max_prompt_tokens}"
         raise ValueError(f"{source.path}: no prompts: {longer if too_long else 'it is empty'}")
@@ -146,7 +151,25 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
         summary=f"{len(prompts) + len(too_long):,} rows of {_describe_files(source, files)}, "
         f"columns {', '.join(column for column in read if column is not None)}",
         first_text=str(tokenizer.decode(list(prompts[0].token_ids))),
+        warnings=tuple(_warnings(source, left_over)),
     )
+
+
+_SHOWN_ROWS = 3
+
+
+def _warnings(source: PromptSource, left_over: list[tuple[str, str]]) -> Iterator[str]:
+    """What looks like LaTeX without its backslashes; `left_over` has rows, and what is in them."""
+    found = source.system_prompt and find_left_over(source.system_prompt)
+    if found:
+        yield f"the system prompt holds {found}, or put it in single quotes"
+    if left_over:
+        more = len(left_over) - _SHOWN_ROWS
+        rows = "; ".join(f"{location} holds {what}" for location, what in left_over[:_SHOWN_ROWS])
+        count = "1 row" if len(left_over) == 1 else f"{len(left_over):,} rows"
+        yield f"{count} may have lost backslashes: {rows}" + (
+            f"; and {more:,} more" if more > 0 else ""
+        )
 
 
 def _describe_files(source: PromptSource, files: SourceFiles) -> str:
