@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -69,7 +70,7 @@ These are refused at the start:
 - **Layout.** `parallel.sequence_parallel=true` with a tensor parallel size of 1. A number of
   ranks that is no multiple of tensor × pipeline parallel size. A step with fewer responses than
   data-parallel replicas.
-- **Data.** `data.system_prompt` or `data.chat_template_kwargs` with
+- **Data.** `data.system_prompt`, `data.chat_template_kwargs` or `data.template_date` with
   `data.apply_chat_template=false`.
 - **Lengths.** `data.max_prompt_tokens` + `max_response_tokens` (of `rollout` or `evaluation`)
   beyond the positions of a model.
@@ -176,6 +177,8 @@ def _describe_plain(annotation: type, metadata: list[Any]) -> str:
         return "text"
     if annotation is Path:
         return "path"
+    if annotation is date:
+        return "date, as `2026-11-25`"
     kind = "whole number" if annotation is int else "number"
     for constraint in _validators(metadata):
         bounds = inspect.getclosurevars(constraint).nonlocals

@@ -687,8 +687,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="options-of-the-template-not-passed-on",
         claim="a conversation that ends with its solution is refused",
-        old="add_generation_prompt=True, **self._options",
-        new="add_generation_prompt=True",
+        old="**self._options,",
+        new="",
         tests=("test_conversations.py::test_options_of_a_template",),
     ),
     Mutant(
@@ -718,6 +718,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="digest.update(tensor.flatten().view(torch.uint8).numpy())",
         new="digest.update(name.encode())",
         tests=("test_checkpoint.py::test_run_folder_of_another_run_is_refused",),
+    ),
+    Mutant(
+        name="date-of-a-template-from-the-clock-at-each-start",
+        claim="the date that a chat template prints",
+        old="_read_date(file) or datetime.now().date()",
+        new="datetime.now().date()",
+        tests=("test_template_date.py",),
     ),
     Mutant(
         name="long-problems-vanish",
@@ -757,8 +764,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="assistants-turn-not-opened",
         claim="the chat template ends with the opening of the assistant's turn",
-        old="tokenize=False, add_generation_prompt=True",
-        new="tokenize=False, add_generation_prompt=False",
+        old="add_generation_prompt=True,",
+        new="add_generation_prompt=False,",
         tests=("test_prompts.py::test_chat_template_is_rendered_around_the_prompt",),
     ),
     # Models and tools

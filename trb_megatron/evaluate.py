@@ -48,12 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
         from trb_megatron.models.pair import Models
         from trb_megatron.models.sources import ModelSources
         from trb_megatron.rollout.engine import RolloutEngine
+        from trb_megatron.run.template_date import with_template_date
 
         with start_reward_workers(config.rewards, layout) as rewards:
             with setup_errors():
                 if rewards is not None:
                     rewards.check()
                 sources = ModelSources.read(config, with_teacher=False)
+                config = with_template_date(config, sources.tokenizer, _tell)
                 problem_sets = load_problem_sets(config, sources.tokenizer)
                 models = Models.load(sources, config, layout, say=_tell)
             engine = RolloutEngine(models.student, None, layout, config.rollout)

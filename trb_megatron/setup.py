@@ -52,6 +52,7 @@ from trb_megatron.run.folder import (
     write_run_folder,
 )
 from trb_megatron.run.inputs import check_same_inputs, digest_inputs, weights_of
+from trb_megatron.run.template_date import with_template_date
 from trb_megatron.update.optimizer import build_optimizer, wrap_student
 
 _NUM_CHECKED_PROMPTS = 1000
@@ -92,10 +93,11 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
         RunFolderError: the run's folder cannot be written to.
     """
     _describe_start(config, layout)
-    check_run_folder(config)
     if rewards is not None:
         rewards.check()
     sources = ModelSources.read(config, with_teacher=config.is_distilling)
+    config = with_template_date(config, sources.tokenizer, say)
+    check_run_folder(config)
     plan = _plan(config, sources, layout)
     prompt_set = _read_prompts(config, sources)
     problem_sets = load_problem_sets(config, sources.tokenizer)
@@ -200,6 +202,7 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
             system_prompt=data.system_prompt,
             apply_chat_template=data.apply_chat_template,
             chat_template_kwargs=data.chat_template_kwargs,
+            template_date=data.template_date,
             max_prompt_tokens=data.max_prompt_tokens,
         ),
         sources.tokenizer,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,6 +163,13 @@ OPTIONS: dict[str, Options] = {
     "data.system_prompt": text(null=True, empty=True),
     "data.apply_chat_template": flag(True),
     "data.chat_template_kwargs": mapping('{"enable_thinking": false, "effort": "low", "n": 1.5}'),
+    "data.template_date": Options(
+        (
+            *("5", "20261125", "2026-11-31", "2026-11-25 10:00", "11/25/2026", "today", "''"),
+            *NOT_SCALARS,
+        ),
+        (("null", None), ("2026-11-25", date(2026, 11, 25)), ("'2024-02-29'", date(2024, 2, 29))),
+    ),
     "data.max_prompt_tokens": whole(1),
     "data.shuffle": flag(),
     "training.task": choice("distill", "supervised"),
@@ -330,6 +338,15 @@ CONFLICTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
             "data.chat_template_kwargs.enable_thinking=false",
         ),
         ("data.chat_template_kwargs", "data.apply_chat_template=true"),
+    ),
+    (
+        "distill",
+        (
+            "data.apply_chat_template=false",
+            "data.system_prompt=null",
+            "data.template_date=2026-11-25",
+        ),
+        ("data.template_date", "data.apply_chat_template=true"),
     ),
     ("distill", ("data.apply_chat_template=false", "data.system_prompt=null"), ()),
     (

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,19 @@ def test_options_of_a_template(tmp_path: Path, with_template: Make) -> None:
     for name in ("enable_thinkin", "thinking", "x", "messages", "add_generation_prompt"):
         with pytest.raises(ValueError, match=rf"data\.chat_template_kwargs\.{name}: is no option"):
             read(**{name: False})
+
+
+DATES = (
+    "{{ strftime_now('%d %b %Y') }}|{{ strftime_now('%-d. %B, %A %H:%M') }}|"
+    "{{ strftime_now('100 %%d %j') }}|{% if strftime_now is defined %}yes{% endif %}|"
+    "{%- macro inside() %}{{ strftime_now('%Y') }}{% endmacro %}{{ inside() }}|"
+    "{{ messages[0]['content'] }}"
+)
+
+
+def test_template_prints_the_date_that_it_is_given(tmp_path: Path, with_template: Make) -> None:
+    given = date(2024, 2, 9)
+    expected = "09 Feb 2024|9. February, Friday 00:00|100 %d 040|yes|2024|19+23"
+    for before in ("", "\n", " "):
+        tokenizer = with_template(before + DATES)
+        assert load_prompt(tmp_path, tokenizer, "19+23", template_date=given) == before + expected

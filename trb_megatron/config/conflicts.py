@@ -107,6 +107,11 @@ def _find_general_conflicts(config: JobConfig) -> Iterator[str]:
             "data.chat_template_kwargs: only a chat template reads them; leave them out, or set "
             "data.apply_chat_template=true"
         )
+    if data.template_date is not None and not data.apply_chat_template:
+        yield (
+            "data.template_date: only a chat template prints it; leave it out, or set "
+            "data.apply_chat_template=true"
+        )
     for name, problems in evaluation.sets.items():
         if problems.system_prompt not in (None, "auto") and not data.apply_chat_template:
             yield (

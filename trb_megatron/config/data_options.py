@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from trb_megatron.config.values import (
     ConfigPath,
     Count,
+    Date,
     Flag,
     Name,
     Section,
@@ -45,6 +46,9 @@ class JobDataConfig(Section):
     text."""
     chat_template_kwargs: dict[Name, TemplateOption] = {}  # noqa: RUF012 - pydantic copies it
     """Options of the chat template, such as `{enable_thinking: false}`."""
+    template_date: Date | None = None
+    """Date for a chat template that prints today's; `null`: the day on which the run first
+    started."""
     max_prompt_tokens: Count = 1024
     """Longest prompt in tokens, chat template included. Longer ones are dropped and counted."""
     shuffle: Flag = True

@@ -2,6 +2,7 @@
 
 import math
 import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,13 @@ def _check_path(value: Any) -> Any:
 def _check_grader(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
         raise ValueError("expected module:function, such as my_rewards:grade")
+    return value
+
+
+def _check_date(value: Any) -> Any:
+    is_text = isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value)
+    if not (is_text or type(value) is date):  # pydantic would take seconds since 1970, too
+        raise ValueError("expected a date such as 2026-11-25")
     return value
 
 
@@ -92,6 +100,7 @@ Temperature = Annotated[float, between(0.01, 100)]
 TemperatureOrGreedy = Annotated[float, Field(strict=True), zero_or_between(0.01, 100)]
 Name = Annotated[str, Field(min_length=1)]
 ConfigPath = Annotated[Path, BeforeValidator(_check_path), AfterValidator(Path.expanduser)]
+Date = Annotated[date, BeforeValidator(_check_date)]
 GraderName = Annotated[str, AfterValidator(_check_grader)]
 TemplateOption = Annotated[bool | int | float | str | None, BeforeValidator(_check_scalar)]
 # A set's name becomes part of metric names and of override keys.

@@ -132,6 +132,7 @@ def _source(name: str, config: JobConfig) -> PromptSource:
         system_prompt=config.system_prompt_of(name),
         apply_chat_template=data.apply_chat_template,
         chat_template_kwargs=data.chat_template_kwargs,
+        template_date=data.template_date,
         max_prompt_tokens=config.longest_problem(name),
         limit=problems.limit,
     )

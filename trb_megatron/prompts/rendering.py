@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +13,11 @@ from trb_megatron.prompts.records import Record
 _LEFT_OUT_ROLES = ("assistant",)  # templates cut the thinking of earlier answers, and mean it
 
 
+def prints_date(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a tokenizer's chat template can ask for today's date."""
+    return bool(tokenizer.chat_template) and "strftime_now" in tokenizer.get_chat_template()
+
+
 class ChatTemplate:
     """A tokenizer's chat template with its options.
 
@@ -19,6 +25,7 @@ class ChatTemplate:
         section: of the configuration that names the system prompt, for errors.
         system_prompt: opens a conversation that brings no system message of its own; None: nothing.
         options: variables of the template, such as `enable_thinking`.
+        today: the date that the template prints as today's; None: that of the clock.
 
     Raises:
         ValueError: the tokenizer has no template, or its template no such option.
@@ -30,6 +37,7 @@ class ChatTemplate:
         section: str,
         system_prompt: str | None,
         options: Mapping[str, Any],
+        today: date | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._no_system_prompt = f"set {section}.system_prompt=null"
@@ -41,7 +49,9 @@ class ChatTemplate:
                 "apply_chat_template=false and system_prompt=null for plain text prompts"
             )
         template = tokenizer.get_chat_template()
-        taken = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+        self._template = template if today is None else _fix_date(template, today)
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters
+        taken = {"messages", "strftime_now", *arguments}
         for name in options:
             if name in taken or not re.search(rf"\b{re.escape(name)}\b", template):
                 raise ValueError(
@@ -82,7 +92,11 @@ class ChatTemplate:
         """The rendered text, or why there is none."""
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._options
+                messages,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._options,
             )
         except Exception as error:  # a template may raise anything, about roles in particular
             return "", error
@@ -107,6 +121,18 @@ class ChatTemplate:
             if self._apply(changed) == (text, None):
                 return number
         return None
+
+
+def _fix_date(template: str, today: date) -> str:
+    """The template with a macro in place of transformers' function that reads the clock.
+
+    A function cannot be handed over as a variable: transformers makes text of it.
+    """
+    replaced = "format.replace('%%', '\\0')"
+    for directive in sorted(set(re.findall(r"%[-_0^#]?[a-zA-Z]", template))):
+        replaced += f".replace({directive!r}, {today.strftime(directive)!r})"
+    replaced += ".replace('\\0', '%')"
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {replaced} }}}}{{%- endmacro +%}}{template}"
 
 
 def plain_text(record: Record) -> str:

@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class PromptSource:
         apply_chat_template: render the tokenizer's template around the prompt, which may then be a
             list of messages; without, a prompt is plain text and must be a string.
         chat_template_kwargs: options of the template.
+        template_date: the date that the template prints as today's; None: that of the clock.
         max_prompt_tokens: longer prompts are set apart.
         limit: the first so many rows; None: all.
     """
@@ -91,6 +93,7 @@ class PromptSource:
     system_prompt: str | None
     apply_chat_template: bool
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_date: date | None = None
     max_prompt_tokens: int
     limit: int | None = None
 
@@ -125,7 +128,11 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
     template = None
     if source.apply_chat_template:
         template = ChatTemplate(
-            tokenizer, source.section, source.system_prompt, source.chat_template_kwargs
+            tokenizer,
+            source.section,
+            source.system_prompt,
+            source.chat_template_kwargs,
+            source.template_date,
         )
     files = find_files(
         source.path, source.format, source.section, source.split, source.default_split

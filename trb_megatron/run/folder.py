@@ -25,6 +25,7 @@ from trb_megatron.distributed.layout import is_rank_zero
 from trb_megatron.job.shared_failure import from_rank_zero
 from trb_megatron.run.commit import git_commit
 
+CONFIG_FILE = "config.yaml"
 LOCK_FILE = "lock"
 _PATIENCE_S = 60.0  # for a job that is being killed to be gone
 _POLL_S = 0.2
@@ -42,7 +43,7 @@ def check_run_folder(config: Config) -> None:
             f"run.dir={config.run.dir}: {nearest} is not a folder that can be written to; choose "
             "another run.dir"
         )
-    file = config.run.dir / "config.yaml"
+    file = config.run.dir / CONFIG_FILE
     if file.is_file():
         check_same_run(config.run.dir, load_config(file), config)
 
@@ -55,7 +56,7 @@ def write_run_folder(config: Config) -> None:
     Raises:
         RunFolderError: the folder cannot be written to.
     """
-    file = config.run.dir / "config.yaml"
+    file = config.run.dir / CONFIG_FILE
     with written_together(file, config.run.dir):
         if is_rank_zero():
             save_config(config, file)
