@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import math
 from typing import Any
 
 import torch
@@ -234,12 +236,15 @@ class PackedDotProductAttention(DotProductAttention):
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         heads_per_group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))
-        # [heads, T, D] of each sequence
-        queries, keys, values = (
-            x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)
-        )
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
-            for q, k, v in zip(queries, keys, values, strict=True)
-        ]
-        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+        # Sequences of one length in a row are a batch [B, heads, length, D]. Without that dimension
+        # torch takes a kernel that writes all scores into memory.
+        runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+        parts = (x.split([math.prod(run) for run in runs]) for x in (query, key, value))
+        outputs = []
+        for (length, _), *part in zip(runs, *parts, strict=True):
+            q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in part)
+            context = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.softmax_scale
+            )
+            outputs.append(context.transpose(1, 2).flatten(0, 1).flatten(1))
+        return torch.cat(outputs)
