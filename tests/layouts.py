@@ -19,7 +19,7 @@ from tests.tiny import IM_END, make_checkpoint, make_prompts
 STEPS = 3
 SKD_TOP_K, SKD_TEMPERATURE = 5, 0.6
 PROBE_POLICIES = ("student", "blend", "greedy", "skd", "teacher")
-PROBE_RESPONSES = ((9, 4, 30, 0), (5,), (11, 12, 13, 14, 15, 16, 17), (3, 8, 0))
+PROBE_RESPONSES = ((9, 4, 30, 0), (5,), (11, 12, 13, 14, 15, 16, 17), (3, 8, 0, 21, 2, 19, 6))
 
 
 @dataclass(frozen=True)

@@ -720,6 +720,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_checkpoint.py::test_run_folder_of_another_run_is_refused",),
     ),
     Mutant(
+        name="sequences-of-one-length-see-one-another",
+        claim="logits",
+        old="x.unflatten(0, (-1, length)).transpose(1, 2) for x in part",
+        new="x.unflatten(0, (1, -1)).transpose(1, 2) for x in part",
+        tests=("test_models.py::test_logits_agree_with_transformers",),
+    ),
+    Mutant(
         name="date-of-a-template-from-the-clock-at-each-start",
         claim="the date that a chat template prints",
         old="_read_date(file) or datetime.now().date()",
