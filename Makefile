@@ -52,7 +52,8 @@ test-gpu: install
 # tests with the versions that the default Python gets.
 NEWEST_PYTHON ?= 3.12
 NEWEST_MEGATRON ?= 0.19
-NEWEST_TESTS := tests/models tests/rollout/test_engine.py tests/rollout/test_rollout.py tests/update \
+NEWEST_TESTS := tests/models tests/rollout/test_engine.py tests/rollout/test_rollout.py \
+    tests/rollout/test_on_fake_cuda.py tests/update \
     tests/checkpoint tests/test_trainer.py tests/test_security.py
 CHECK_NEWEST := import sys; from importlib.metadata import version; \
     from platform import python_version as python; megatron = version("megatron-core"); \

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.plan.test_plan import LLAMA3_70B, QWEN3_1_7B, write_config
+from tests.plan.test_plan import write_config
+from tests.published import LLAMA3_70B, QWEN3_1_7B
 
 ALL_WORLD_SIZES = """
 import sys

@@ -1,6 +1,5 @@
 """The plan of a run against what real ranks hold, published counts, and what it refuses."""
 
-import json
 import re
 import weakref
 from collections import Counter
@@ -16,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from tests.families import make_family_checkpoint
 from tests.layouts import LAYOUTS, Layout, ProbeResult, layout_overrides, write_inputs
+from tests.published import LLAMA3_70B, QWEN3_1_7B, QWEN3_8B, QWEN3_30B_A3B, write_model
 from tests.ranks import run_distributed
 from tests.runs import Holdings, make_trainer, measure_holdings, num_bytes
-from tests.tiny import make_checkpoint, make_tokenizer
+from tests.tiny import make_checkpoint
 from trb_megatron.behavior.policies import (
     BlendPolicy,
     Policy,
@@ -131,64 +131,12 @@ def test_shared_embedding_has_a_bucket_of_its_own() -> None:
 
 # ---------------------------------------------------------------- against published numbers
 
-QWEN3 = {
-    "model_type": "qwen3",
-    "vocab_size": 151_936,
-    "head_dim": 128,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 40_960,
-    "rope_theta": 1e6,
-}
-QWEN3_1_7B = QWEN3 | {
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "tie_word_embeddings": True,
-}
-QWEN3_8B = QWEN3 | {
-    "hidden_size": 4096,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "tie_word_embeddings": False,
-}
-QWEN3_30B_A3B = QWEN3 | {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
-LLAMA3_70B = {
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 8192,
-    "intermediate_size": 28_672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-    "tie_word_embeddings": False,
-}
 PUBLISHED = (
     (QWEN3_1_7B, 1_720_574_976),
     (QWEN3_8B, 8_190_735_360),
     (QWEN3_30B_A3B, 30_532_122_624),
     (LLAMA3_70B, 70_553_706_496),
 )
-
-
-def write_model(folder: Path, values: dict[str, Any]) -> Path:
-    """A model's folder as a dry run needs it: configuration and tokenizer, no weights."""
-    make_tokenizer().save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"eos_token_id": 0, **values}))
-    return folder
 
 
 def write_config(folder: Path, student: dict[str, Any], teacher: dict[str, Any]) -> Path:

@@ -72,10 +72,14 @@ class RaggedBatch:
         return _cumulative(self.kv_lengths_S)
 
     @cached_property
-    def is_new_Sq(self) -> Tensor:
-        """Which of q places a sequence has a new token for."""
-        step_q = torch.arange(self.max_query_length, device=self.query_lengths_S.device)
-        return step_q < self.query_lengths_S[:, None]
+    def place_N(self) -> Tensor:
+        """Where each new token is among S * q places, q for each sequence; no host transfer."""
+        device = self.query_lengths_S.device
+        first_S = torch.arange(self.query_lengths_S.numel(), device=device) * self.max_query_length
+        shift_S = first_S - self.cu_query_lengths[:-1]
+        return torch.arange(self.num_tokens, device=device) + shift_S.repeat_interleave(
+            self.query_lengths_S, output_size=self.num_tokens
+        )
 
     @cached_property
     def visible_S1qk(self) -> Tensor:

@@ -9,6 +9,8 @@ k = P * page_tokens cached positions, h heads, g key/value heads, d head size.
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def paged_attention(
     """Attend from packed new tokens to all that came before them, by a masked dense product.
 
     The i-th of m new tokens of a sequence of length l (new ones included) sees positions up to
-    l - m + i. Nothing is read back to the host when the batch is uniform.
+    l - m + i. Nothing is read back to the host.
 
     Args:
         query_N1hd: packed queries; rows beyond the new tokens are padding.
@@ -51,14 +53,17 @@ def _pad(query_N1hd: Tensor, batch: RaggedBatch) -> Tensor:
     new_N1hd = query_N1hd[: batch.num_tokens]
     if batch.is_uniform:
         return new_N1hd.view(-1, batch.max_query_length, *query_N1hd.shape[2:])
-    padded_Sqhd = query_N1hd.new_zeros(*batch.is_new_Sq.shape, *query_N1hd.shape[2:])
-    padded_Sqhd[batch.is_new_Sq] = new_N1hd[:, 0]
-    return padded_Sqhd
+    shape_Sq = (batch.query_lengths_S.numel(), batch.max_query_length)
+    padded_Nhd = query_N1hd.new_zeros(math.prod(shape_Sq), *query_N1hd.shape[2:])
+    padded_Nhd[batch.place_N] = new_N1hd[:, 0]
+    return padded_Nhd.unflatten(0, shape_Sq)
 
 
 def _pack(context_SqH: Tensor, num_rows: int, batch: RaggedBatch) -> Tensor:
     """[S, q, h * d] as packed rows [N, 1, h * d]."""
-    packed_NH = context_SqH.flatten(0, 1) if batch.is_uniform else context_SqH[batch.is_new_Sq]
+    packed_NH = context_SqH.flatten(0, 1)
+    if not batch.is_uniform:
+        packed_NH = packed_NH[batch.place_N]
     padding = num_rows - batch.num_tokens
     if padding > 0:
         packed_NH = F.pad(packed_NH, (0, 0, 0, padding))
