@@ -42,12 +42,12 @@ def current_group() -> dist.ProcessGroup | None:
 def on_ranks(measure: Callable[[], Found], tp_size: int) -> list[Found]:
     """What a function finds on each rank of a tensor-parallel group; a lone one is the caller.
 
-    At 8 there are two groups, as of two replicas, whose results follow each other: who asks all
+    At 2 there are two groups, as of two replicas, whose results follow each other: who asks all
     ranks instead of those of the group gets something else.
     """
     if tp_size == 1:
         return [measure()]
-    return run_locally(measure, tp_size, num_groups=2 if tp_size == 8 else 1)
+    return run_locally(measure, tp_size, num_groups=2 if tp_size == 2 else 1)
 
 
 def run_locally(

@@ -191,7 +191,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="part-of-a-cut-chunk-given-to-the-shard-before",
-        claim="a draw on two levels equals its dense rule",
+        claim="the mathematics on shards of 8 and 16 ranks",
         old="origin = start // CHUNK_WIDTH * CHUNK_WIDTH // shard.width",
         new="origin = rank - (start % CHUNK_WIDTH != 0)",
         tests=("test_sampling.py::test_samples_on_shards_follow_the_softmax",),
