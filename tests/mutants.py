@@ -64,6 +64,27 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_golden.py::test_blend",),
     ),
     Mutant(
+        name="solver-searches-on-this-shard-alone",
+        claim="blend and losses against golden vectors",
+        old="all_gather(torch.cat(partials, dim=1).permute(1, 2, 0), tp_group)",
+        new="all_gather(torch.cat(partials, dim=1).permute(1, 2, 0), None)",
+        tests=("test_golden.py::test_blend",),
+    ),
+    Mutant(
+        name="every-rank-of-the-world-asked",
+        claim="the mathematics on shards of 8 and 16 ranks",
+        old="dist.all_gather(parts, partial, group=tp_group)",
+        new="dist.all_gather(parts, partial)",
+        tests=("test_moments.py::test_moments_of_the_first_round",),
+    ),
+    Mutant(
+        name="shards-counted-over-the-world",
+        claim="the mathematics on shards of 8 and 16 ranks",
+        old="dist.get_rank(tp_group) * local_width",
+        new="dist.get_rank() * local_width",
+        tests=("test_sampling.py::test_equals_the_dense_rule_at_any_number_of_ranks",),
+    ),
+    Mutant(
         name="sign-in-the-close-branch-of-the-jsd",
         claim="values and gradients of every loss from hidden states",
         old="torch.where(is_close_NU, close_NU - ratio_NU, q_ratio_NU)",
@@ -167,6 +188,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="mass_RN[origin] += head_RN[rank]",
         new="mass_RN[origin] += 0 * head_RN[rank]",
         tests=("test_sampling.py::test_equals_the_dense_rule_at_any_number_of_ranks",),
+    ),
+    Mutant(
+        name="part-of-a-cut-chunk-given-to-the-shard-before",
+        claim="the mathematics on shards of 8 and 16 ranks",
+        old="origin = start // CHUNK_WIDTH * CHUNK_WIDTH // shard.width",
+        new="origin = rank - (start % CHUNK_WIDTH != 0)",
+        tests=("test_sampling.py::test_samples_on_shards_follow_the_softmax",),
     ),
     Mutant(
         name="kept-hidden-states-in-the-order-of-rounds",
@@ -321,6 +349,13 @@ MUTANTS: tuple[Mutant, ...] = (
         claim="what the columns of all ranks contribute is added",
         old="dist.all_reduce(self.grad_hidden_NH, group=self.tp_group)",
         new="dist.barrier(group=self.tp_group)",
+        tests=("test_fused_loss.py::test_values_and_gradients",),
+    ),
+    Mutant(
+        name="hidden-gradient-summed-over-replicas",
+        claim="the mathematics on shards of 8 and 16 ranks",
+        old="dist.all_reduce(self.grad_hidden_NH, group=self.tp_group)",
+        new="dist.all_reduce(self.grad_hidden_NH)",
         tests=("test_fused_loss.py::test_values_and_gradients",),
     ),
     Mutant(

@@ -1,9 +1,10 @@
-"""Blend and losses against the golden vectors, in fp32 at TP 1, 2 and 4.
+"""Blend and losses against the golden vectors, in fp32 at TP 1 to 16.
 
 Where the vocabulary doesn't divide, columns of NaN pad it and `num_valid` gives the true size.
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.ranks import run_distributed, vocab_shard
+from tests.local_ranks import TP_SIZES, current_group, on_ranks
+from tests.ranks import vocab_shard
 from tests.reference import blend_logprobs, entropy, kl
 from trb_megatron.behavior.solver import solve_behavior
 from trb_megatron.distributed.vocab_parallel import all_gather
@@ -32,6 +34,7 @@ GOLDEN_NAMES = {
 }
 
 
+@cache
 def load(name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     cases = json.loads((GOLDEN / f"{name}.json").read_text())
     with np.load(GOLDEN / f"{name}.npz") as arrays:
@@ -43,7 +46,7 @@ def gather_columns(shard_NU: Tensor, group: dist.ProcessGroup | None, num_valid:
 
 
 def solve_all() -> list[dict[str, Tensor]]:
-    group = dist.group.WORLD if dist.is_initialized() else None
+    group = current_group()
     cases, golden = load("blend")
     results = []
     for case in cases:
@@ -65,7 +68,7 @@ def solve_all() -> list[dict[str, Tensor]]:
 
 
 def differentiate_all() -> dict[tuple[int, str], dict[str, Tensor]]:
-    group = dist.group.WORLD if dist.is_initialized() else None
+    group = current_group()
     cases, golden = load("losses")
     results = {}
     for case in cases:
@@ -99,9 +102,9 @@ def measure() -> tuple[Any, Any]:
     return solve_all(), differentiate_all()
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=TP_SIZES)
 def results(request: pytest.FixtureRequest) -> list[tuple[Any, Any]]:
-    return [measure()] if request.param == 1 else run_distributed(measure, request.param)
+    return on_ranks(measure, request.param)
 
 
 def test_all_ranks_agree_bit_for_bit(results: list[tuple[Any, Any]]) -> None:

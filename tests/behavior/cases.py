@@ -1,18 +1,14 @@
 """Models to blend, by their logits, and what else several tests of this folder share."""
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from tests.ranks import run_distributed
 from tests.reference import blend_logprobs, kl
 from trb_megatron.behavior.path import Point
 from trb_megatron.behavior.stop_alignment import StopAlignment
 
-Found = TypeVar("Found")
 NUM_VALID = 21
 """Ids of the small models that every number of ranks is given."""
 ALIGNMENTS = [
@@ -26,18 +22,6 @@ FAMILIES = [
 ]
 BUDGETS = [1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.3, 1, 3, 10, 100, 1e9]
 SPIKES = [8, 12, 16, 20, 30, 100]
-
-
-def current_group() -> dist.ProcessGroup | None:
-    """All ranks, or None in a process without others."""
-    return dist.group.WORLD if dist.is_initialized() else None
-
-
-def on_ranks(measure: Callable[[], Found], num_ranks: int) -> list[Found]:
-    """What a function of a module finds on each of so many ranks; one is this process itself."""
-    if num_ranks == 1:
-        return [measure()]
-    return run_distributed(measure, num_ranks)
 
 
 def build_pair(
@@ -85,8 +69,8 @@ def build_spikes(height: float, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def build_shifted_halves() -> tuple[Tensor, Tensor]:
     """Models that agree on each shard of two seen alone, and are far apart across the shards."""
-    student_NV = torch.cat((add_spikes(torch.zeros(4, 10), 500.0, 1), torch.zeros(4, 10)), dim=-1)
-    return student_NV, student_NV + torch.tensor([0.0, 600.0]).repeat_interleave(10)
+    student_NV = torch.cat((add_spikes(torch.zeros(4, 16), 500.0, 1), torch.zeros(4, 16)), dim=-1)
+    return student_NV, student_NV + torch.tensor([0.0, 600.0]).repeat_interleave(16)
 
 
 def dense_point(

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from tests.behavior.cases import (
-    NUM_VALID,
     build_family,
     build_pair,
     build_shifted_halves,
-    current_group,
     dense_point,
-    on_ranks,
 )
+from tests.local_ranks import TP_SIZES, current_group, on_ranks
 from tests.ranks import vocab_shard
 from tests.reference import dense_blend, kl
 from trb_megatron.behavior.moments import FLOAT32_MAX_RATIO, OpenRows, evaluate, gather_pair
 from trb_megatron.behavior.path import Point
 from trb_megatron.behavior.solver import solve_behavior
+
+NUM_IDS = 48
 
 
 @pytest.mark.parametrize("name", ["flat", "peaked", "scale_30", "two_spikes"])
@@ -53,7 +53,7 @@ class FirstRound(NamedTuple):
 def measure_moments() -> FirstRound:
     """Both KLs and the ends of the path, whose partials are re-based, and β for extreme shards."""
     group = current_group()
-    student_NU, teacher_NU = (vocab_shard(x, group) for x in build_pair(2, 3, 6, NUM_VALID + 3))
+    student_NU, teacher_NU = (vocab_shard(x, group) for x in build_pair(2, 3, 6, NUM_IDS))
     pair = gather_pair(student_NU, teacher_NU, group)
     student_NU, teacher_NU = (vocab_shard(full_NV, group) for full_NV in build_shifted_halves())
     blend_coef_N = solve_behavior(student_NU, teacher_NU, 0.01, tp_group=group).blend_coef
@@ -66,14 +66,14 @@ def measure_moments() -> FirstRound:
     )
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_moments_of_the_first_round(num_ranks: int) -> None:
-    logits = build_pair(2, 3, 6, NUM_VALID + 3)
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_moments_of_the_first_round(tp_size: int) -> None:
+    logits = build_pair(2, 3, 6, NUM_IDS)
     logp_NV, logq_NV = (x.double().log_softmax(-1) for x in logits)
     at_student, at_teacher = (dense_point(*logits, torch.full((6,), end))[0] for end in (0.0, 1.0))
     budget_N = torch.full((4,), 0.01, dtype=torch.float64)
     blend_coef_N = dense_blend(*build_shifted_halves(), budget_N).blend_coef
-    for found in on_ranks(measure_moments, num_ranks):
+    for found in on_ranks(measure_moments, tp_size):
         pairs = [
             (found.kl_teacher_student_N, kl(logq_NV, logp_NV)),
             (found.kl_student_teacher_N, kl(logp_NV, logq_NV)),

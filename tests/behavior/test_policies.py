@@ -1,4 +1,4 @@
-"""SKD and teacher policies: against dense twins at TP 1 and 2, and the same at every layout."""
+"""SKD and teacher policies: against dense twins at TP 1 to 16, and the same at every layout."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.layouts import LAYOUTS, SKD_TEMPERATURE, SKD_TOP_K, Layout, ProbeResult
-from tests.ranks import ShardWidthGuard, run_distributed, vocab_shard
+from tests.local_ranks import TP_SIZES, current_group, on_ranks
+from tests.ranks import ShardWidthGuard, vocab_shard
 from tests.reference import DenseBehavior, dense_skd, dense_teacher
 from tests.tiny import END_OF_TEXT, IM_END, TOKENIZER_SIZE
 from trb_megatron.behavior.policies import (
@@ -22,7 +23,7 @@ from trb_megatron.behavior.policies import (
     is_in_topk,
 )
 from trb_megatron.behavior.stop_alignment import StopAlignment
-from trb_megatron.distributed.vocab_parallel import all_gather
+from trb_megatron.distributed.vocab_parallel import all_gather, mask_invalid
 from trb_megatron.uniforms import position_keys, rollout_key
 
 NUM_ROWS, NUM_VALID, NUM_IDS = 6, 21, 23
@@ -78,7 +79,7 @@ def build_policies(group: dist.ProcessGroup | None) -> list[GuidedPolicy]:
     return [*skd, TeacherPolicy(**shared)]
 
 
-# The checks below run on one and two ranks.
+# The checks below run on one rank and on several.
 
 
 class Solved(NamedTuple):
@@ -91,7 +92,7 @@ class Solved(NamedTuple):
 
 def solve_all() -> list[Solved]:
     """The guidance of every policy."""
-    group = dist.group.WORLD if dist.is_initialized() else None
+    group = current_group()
     shards = [vocab_shard(full_NV, group) for full_NV in build_logits()]
     found = []
     for policy in build_policies(group):
@@ -103,35 +104,9 @@ def solve_all() -> list[Solved]:
     return found
 
 
-def check_ties_and_widths() -> Tensor:
-    """Membership where equal logits lie on both sides of a cut, and no tensor beyond the shard."""
-    group = dist.group.WORLD
-    ties_NV = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, 2.0], [0.0, 0.0, 0.0, 3.0, 3.0, 3.0]])
-    shards_RNU = all_gather(is_in_topk(vocab_shard(ties_NV, group), 3, tp_group=group), group)
-    logits = (torch.randn(4, 700) for _ in range(2))
-    student_NU, teacher_NU = (vocab_shard(full_NV, group) for full_NV in logits)
-    shared = shared_options(temperature=1.0, num_valid=690, tp_group=group)
-    policy = SKDPolicy(top_k=50, teacher_temperature=0.6, **shared)
-    with ShardWidthGuard(torch.empty(3 * 5, student_NU.shape[-1] + 1)):
-        policy.solve(student_NU, teacher_NU)
-    return torch.cat(list(shards_RNU), dim=-1)
-
-
-def run_on_ranks() -> tuple[list[Solved], Tensor]:
-    return solve_all(), check_ties_and_widths()
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> list[tuple[list[Solved], Tensor]]:
-    return run_distributed(run_on_ranks, 2)
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_guidance_is_that_of_a_dense_computation(
-    two_ranks: list[tuple[list[Solved], Tensor]], tp: int
-) -> None:
-    results = [solve_all()] if tp == 1 else [guidance for guidance, _ in two_ranks]
-    for result in results:
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_guidance_is_that_of_a_dense_computation(tp_size: int) -> None:
+    for result in on_ranks(solve_all, tp_size):
         for policy, guidance in zip(build_policies(None), result, strict=True):
             expected = dense_guidance(policy)
             behavior_NV = guidance.logprobs_3NV[2, :, KEPT_IDS].double()
@@ -146,11 +121,36 @@ def test_guidance_is_that_of_a_dense_computation(
             assert (guidance.logprobs_3NV[:, :, absent] == -torch.inf).all()
 
 
-def test_ties_of_the_top_k_go_to_the_lowest_ids(
-    two_ranks: list[tuple[list[Solved], Tensor]],
-) -> None:
-    for _, is_in_NV in two_ranks:
-        assert is_in_NV.int().tolist() == [[0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1]]
+def find_ties() -> Tensor:
+    """Membership where equal logits lie on both sides of a cut."""
+    group = current_group()
+    ties_NV = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, 2.0], [0.0, 0.0, 0.0, 3.0, 3.0, 3.0]])
+    ties_NU = mask_invalid(vocab_shard(ties_NV, group), 6, group)
+    return torch.cat(list(all_gather(is_in_topk(ties_NU, 3, tp_group=group), group)), dim=-1)
+
+
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_ties_of_the_top_k_go_to_the_lowest_ids(tp_size: int) -> None:
+    for is_in_NV in on_ranks(find_ties, tp_size):
+        assert is_in_NV[:, :6].int().tolist() == [[0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1]]
+        assert not is_in_NV[:, 6:].any()
+
+
+def guard_widths() -> None:
+    """Solve without any tensor beyond the shard."""
+    group = current_group()
+    generator = torch.Generator().manual_seed(0)
+    student_NU, teacher_NU = (
+        vocab_shard(torch.randn(4, 700, generator=generator), group) for _ in range(2)
+    )
+    shared = shared_options(temperature=1.0, num_valid=690, tp_group=group)
+    policy = SKDPolicy(top_k=50, teacher_temperature=0.6, **shared)
+    with ShardWidthGuard(torch.empty(3 * 5, student_NU.shape[-1] + 1)):
+        policy.solve(student_NU, teacher_NU)
+
+
+def test_nothing_exceeds_the_shard() -> None:
+    on_ranks(guard_widths, 2)
 
 
 def test_skd_that_keeps_every_draw_is_the_student() -> None:

@@ -5,11 +5,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from scipy.stats import chisquare
 from torch import Tensor
 
-from tests.behavior.cases import current_group, on_ranks
+from tests.local_ranks import TP_SIZES, current_group, on_ranks
 from tests.ranks import vocab_shard
 from trb_megatron.behavior.sampling import (
     CHUNK_WIDTH,
@@ -28,8 +27,9 @@ from trb_megatron.uniforms import (
 )
 
 NUM_ROWS = 60
-# Ids: fewer than a chunk, shards that chunk boundaries cut, shards of whole chunks.
-SIZES = (97, 1500, 4 * 2 * CHUNK_WIDTH)
+# Ids, and columns of all shards together: fewer than a chunk, shards that chunk boundaries cut,
+# shards of padding alone, shards of whole chunks.
+SIZES = {97: 97, 1500: 1500, 700: 2000, 4 * 2 * CHUNK_WIDTH: 4 * 2 * CHUNK_WIDTH}
 
 
 def build_keys(num_rows: int, seed: int = 4) -> Tensor:
@@ -76,12 +76,14 @@ class Sampled(NamedTuple):
 
 
 def sample_all() -> dict[int, Sampled]:
-    """On this rank's shards, which padding fills."""
+    """On this rank's shards, which garbage fills."""
     group = current_group()
     key_N = build_keys(NUM_ROWS)
     found = {}
-    for num_ids in SIZES:
-        logits_NU = mask_invalid(vocab_shard(build_logits(num_ids), group), num_ids, group)
+    for num_ids, num_columns in SIZES.items():
+        padding = (0, num_columns - num_ids)
+        logits_NV = torch.nn.functional.pad(build_logits(num_ids), padding, value=torch.nan)
+        logits_NU = mask_invalid(vocab_shard(logits_NV, group), num_ids, group)
         found[num_ids] = Sampled(
             *sample_softmax(logits_NU, key_N, Purpose.DRAFT, tp_group=group),
             sample_softmax(logits_NU, key_N, Purpose.RESIDUAL, tp_group=group).token_ids,
@@ -91,10 +93,10 @@ def sample_all() -> dict[int, Sampled]:
     return found
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_equals_the_dense_rule_at_any_number_of_ranks(num_ranks: int) -> None:
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_equals_the_dense_rule_at_any_number_of_ranks(tp_size: int) -> None:
     key_N = build_keys(NUM_ROWS)
-    results = on_ranks(sample_all, num_ranks)
+    results = on_ranks(sample_all, tp_size)
     for num_ids in SIZES:
         logits_NV = build_logits(num_ids).double()
         logprobs_NV = logits_NV.log_softmax(-1)
@@ -123,6 +125,7 @@ def test_ties_of_the_most_likely_go_to_the_lowest_id() -> None:
 # The law: one row of logits and many keys.
 
 NUM_DRAWS = 60_000
+NUM_SHARDED_DRAWS = 6_000  # the first of them, on several ranks: each makes the noise of all ids
 
 
 def build_row(num_ids: int) -> Tensor:
@@ -145,9 +148,13 @@ def p_value(ids_N: Tensor, logits_V: Tensor) -> float:
     return float(chisquare(counts[occurs], expected[occurs]).pvalue)
 
 
-def draw_row(logits_V: Tensor, purpose: Purpose = Purpose.DRAFT) -> Tensor:
-    logits_NV = logits_V.expand(NUM_DRAWS, -1)
-    return sample_softmax(logits_NV, build_keys(NUM_DRAWS), purpose, tp_group=None).token_ids
+def draw_row(
+    logits_V: Tensor, purpose: Purpose = Purpose.DRAFT, num_draws: int = NUM_DRAWS
+) -> Tensor:
+    """Draws from one row, on this rank's shard."""
+    group = current_group()
+    logits_NU = vocab_shard(logits_V[None], group, fill=-torch.inf).expand(num_draws, -1)
+    return sample_softmax(logits_NU, build_keys(num_draws), purpose, tp_group=group).token_ids
 
 
 def test_samples_follow_the_softmax() -> None:
@@ -158,6 +165,18 @@ def test_samples_follow_the_softmax() -> None:
     chunk_logits_C = torch.stack([logits_V[chunks_V == c].logsumexp(0) for c in range(6)])
     assert p_value(ids_N // CHUNK_WIDTH, chunk_logits_C) > 1e-3
     assert p_value(ids_N, logits_V + 0.2 * (torch.arange(len(logits_V)) % 2)) < 1e-6
+
+
+def draw_on_shards() -> Tensor:
+    return draw_row(build_row(5 * CHUNK_WIDTH + 100), num_draws=NUM_SHARDED_DRAWS)
+
+
+@pytest.mark.parametrize("tp_size", TP_SIZES[1:])
+def test_samples_on_shards_follow_the_softmax(tp_size: int) -> None:
+    logits_V = build_row(5 * CHUNK_WIDTH + 100)
+    first, *others = on_ranks(draw_on_shards, tp_size)
+    assert p_value(first, logits_V) > 1e-3
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_a_residual_is_independent_of_the_draft_and_the_acceptance() -> None:
@@ -219,7 +238,7 @@ def test_a_broken_softmax_gives_some_id_and_shows_in_its_logprob() -> None:
 def refuse_weights() -> list[str]:
     """Messages about weights that are unusable in the last shard."""
     group = current_group()
-    num_ranks = 1 if group is None else dist.get_world_size()
+    num_ranks = 1 if group is None else group.size()
     messages = []
     for weight in (0.0, torch.nan, torch.inf):
         weights_NV = torch.zeros(2, 300 * num_ranks)
@@ -231,7 +250,7 @@ def refuse_weights() -> list[str]:
     return messages
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_weights_without_a_finite_sum_are_refused_on_all_ranks(num_ranks: int) -> None:
-    for messages in on_ranks(refuse_weights, num_ranks):
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_weights_without_a_finite_sum_are_refused_on_all_ranks(tp_size: int) -> None:
+    for messages in on_ranks(refuse_weights, tp_size):
         assert messages == ["sampling weights have no finite sum in row 1"] * 3

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.behavior.cases import (
     ALIGNMENTS,
@@ -12,9 +11,8 @@ from tests.behavior.cases import (
     assert_solved,
     build_family,
     build_pair,
-    current_group,
-    on_ranks,
 )
+from tests.local_ranks import TP_SIZES, current_group, on_ranks
 from tests.ranks import ShardWidthGuard, vocab_shard
 from tests.reference import blend_logprobs, dense_blend, entropy, kl
 from trb_megatron.behavior import moments
@@ -128,7 +126,7 @@ def test_bad_budgets_are_refused(budget: float) -> None:
         solve_behavior(student_NV, teacher_NV, torch.tensor([0.1] * 5 + [budget] + [0.1] * 2))
 
 
-# The checks below run on one, two and four ranks.
+# The checks below run on one rank and on several.
 
 
 def collect_errors() -> list[str]:
@@ -148,7 +146,7 @@ def collect_errors() -> list[str]:
 
 def guard_widths() -> None:
     """Solve, align, draw, top-k and most likely id without any tensor beyond the shard."""
-    group = dist.group.WORLD
+    group = current_group()
     for name in FAMILIES:
         student_NU, teacher_NU = (vocab_shard(full_NV, group) for full_NV in build_family(name))
         key_N = position_keys(rollout_key(0, 0, 0, 0), torch.arange(len(student_NU)))
@@ -165,14 +163,15 @@ def guard_widths() -> None:
 
 def run_checks() -> list[str]:
     # With more ranks the candidates' partials outgrow a shard as narrow as this test's.
-    if dist.is_initialized() and dist.get_world_size() == 2:
+    group = current_group()
+    if group is not None and group.size() == 2:
         guard_widths()
     return collect_errors()
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_on_ranks_errors_name_the_row_and_nothing_exceeds_the_shard(num_ranks: int) -> None:
-    for messages in on_ranks(run_checks, num_ranks):
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_on_ranks_errors_name_the_row_and_nothing_exceeds_the_shard(tp_size: int) -> None:
+    for messages in on_ranks(run_checks, tp_size):
         assert messages == [
             "student logits hold a NaN in row 4",
             "teacher logits hold a NaN in row 4",

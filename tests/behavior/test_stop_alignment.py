@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.behavior.cases import ALIGNMENTS, build_pair, current_group, on_ranks
+from tests.behavior.cases import ALIGNMENTS, build_pair
+from tests.local_ranks import TP_SIZES, current_group, on_ranks
 from tests.ranks import vocab_shard
 from trb_megatron.behavior.stop_alignment import (
     StopAlignment,
@@ -17,7 +18,7 @@ from trb_megatron.behavior.stop_alignment import (
 )
 from trb_megatron.distributed.vocab_parallel import all_gather
 
-NUM_ROWS, NUM_IDS = 5, 20
+NUM_ROWS, NUM_IDS = 5, 32
 
 
 def test_stop_alignment() -> None:
@@ -97,10 +98,10 @@ def align_on_shards() -> list[Aligned]:
     return results
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_alignment_and_its_gradient(num_ranks: int) -> None:
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_alignment_and_its_gradient(tp_size: int) -> None:
     expected = [align_by_definition(case) for case in build_cases()]
-    for result in on_ranks(align_on_shards, num_ranks):
+    for result in on_ranks(align_on_shards, tp_size):
         for found, (expected_NV, expected_grad_NV) in zip(result, expected, strict=True):
             torch.testing.assert_close(found.logits_NV, expected_NV.float())
             torch.testing.assert_close(found.grad_NV, expected_grad_NV.float())

@@ -1,13 +1,13 @@
-"""Vocabulary-shard maths against dense torch, at TP 1, 2 and 4, with ties, -inf and padding."""
+"""Vocabulary-shard maths against dense torch, at TP 1 to 16, with ties, -inf and padding."""
 
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from tests.ranks import ShardWidthGuard, run_distributed, vocab_shard
+from tests.local_ranks import TP_SIZES, current_group, on_ranks
+from tests.ranks import ShardWidthGuard, vocab_shard
 from trb_megatron.distributed.vocab_parallel import (
     all_gather,
     gather_at,
@@ -30,14 +30,13 @@ def build_logits() -> Tensor:
     return logits_NV
 
 
-def measure(tp_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+def measure() -> dict[str, Any]:
     """Everything on this rank's shard, gathered where it is sharded."""
-    group = dist.group.WORLD if dist.is_initialized() else tp_group
+    group = current_group()
     shard_NU = mask_invalid(vocab_shard(build_logits(), group), NUM_VALID, group)
     logprobs_NU = softmax(shard_NU, tp_group=group).logprobs()
     values_NK, ids_NK = topk(shard_NU, TOP_K, tp_group=group)
     return {
-        "range": vocab_range(shard_NU.shape[-1], group),
         "logprobs": all_gather(logprobs_NU, group).transpose(0, 1).flatten(1)[:, :NUM_VALID],
         "values": values_NK,
         "ids": ids_NK,
@@ -46,19 +45,26 @@ def measure(tp_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=TP_SIZES)
 def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    if request.param == 1:
-        return [measure()]
-    return run_distributed(measure, request.param)
+    return on_ranks(measure, request.param)
 
 
 def test_replicated_results_are_bit_identical(results: list[dict[str, Any]]) -> None:
     for other in results[1:]:
-        for key in set(results[0]) - {"range"}:
+        for key in results[0]:
             assert torch.equal(results[0][key], other[key]), key
-    ranges = [result["range"] for result in results]
-    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+
+
+def find_range() -> tuple[int, int]:
+    return vocab_range(10, current_group())
+
+
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_shards_follow_each_other(tp_size: int) -> None:
+    ranges = on_ranks(find_range, tp_size)
+    num_groups = len(ranges) // tp_size
+    assert ranges == [(10 * rank, 10 * rank + 10) for rank in range(tp_size)] * num_groups
 
 
 def test_log_softmax(results: list[dict[str, Any]]) -> None:

@@ -7,9 +7,9 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from tests.local_ranks import current_group
 from trb_megatron.behavior.stop_alignment import StopAlignment
 from trb_megatron.distributed.vocab_parallel import all_gather
 from trb_megatron.loss.fused import fused_loss
@@ -18,7 +18,7 @@ from trb_megatron.loss.rules import LossOptions
 from trb_megatron.loss.walk import FusedLossSettings, OutputLayer
 
 # Each token is a block of its own, with its own collectives: few tokens, few seconds.
-NUM_TOKENS, NUM_VALID, NUM_ROWS, WIDTHS = 7, 203, 208, (24, 40)
+NUM_TOKENS, NUM_VALID, NUM_ROWS, WIDTHS = 7, 203, 224, (24, 40)
 NUM_DRAWN = 11  # random hidden states, of which the first are used
 OPTIONS = LossOptions(top_k=5, temperature=0.8, jsd_weight=0.3, veto_coef=0.4)
 DEFAULTS = {"top_k": 16, "temperature": 1.0, "jsd_weight": 0.5, "veto_coef": 0.0}
@@ -29,8 +29,10 @@ CHUNKS = {
     1: (ONE_TOKEN, SOME_TOKENS, ALL_TOKENS),
     2: (ONE_TOKEN, SOME_TOKENS, ALL_TOKENS),
     4: (ONE_TOKEN, SOME_TOKENS),
+    8: (SOME_TOKENS,),
+    16: (SOME_TOKENS,),
 }
-"""Those that are measured, by the number of ranks."""
+"""Those that are measured, by the tensor-parallel size."""
 
 
 class Result(NamedTuple):
@@ -68,14 +70,10 @@ def sampled_ids() -> Tensor:
     return torch.arange(NUM_TOKENS) * 26 + 3
 
 
-def current_group() -> dist.ProcessGroup | None:
-    """All ranks, or None in a process without others."""
-    return dist.group.WORLD if dist.is_initialized() else None
-
-
 def workspace_bytes(chunk: str) -> int:
     """Memory of which so much makes a chunk on this rank's shard."""
-    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    group = current_group()
+    num_ranks = 1 if group is None else group.size()
     return {
         ONE_TOKEN: 1,
         SOME_TOKENS: 4 * 10 * NUM_ROWS // num_ranks,
@@ -105,8 +103,7 @@ def evaluate(
 ) -> Result:
     """The fused loss on this rank's shards, differentiated, its weight gradient gathered."""
     group = settings.tp_group
-    num_ranks = 1 if group is None else dist.get_world_size()
-    rank = 0 if group is None else dist.get_rank()
+    num_ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     shards = [weight_VH.chunk(num_ranks)[rank].clone() for _, weight_VH in layers]
     hidden_NH = layers[0].hidden_NH.clone().requires_grad_()
     weight_UH = shards[0].requires_grad_()

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from tests.ranks import ShardWidthGuard, run_distributed, vocab_shard
+from tests.local_ranks import TP_SIZES, current_group, on_ranks
+from tests.ranks import ShardWidthGuard, vocab_shard
 from tests.reference import dense_loss
 from trb_megatron.distributed.vocab_parallel import all_gather
 from trb_megatron.loss.losses import LOSSES
@@ -37,7 +37,7 @@ def weights() -> Tensor:
 
 def measure(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
     """Per name: values and the gathered gradient, with removed ids and garbage padding."""
-    group = dist.group.WORLD if dist.is_initialized() else None
+    group = current_group()
     student_NV, teacher_NV = (logits_NV.to(dtype) for logits_NV in build_logits())
     student_NV[:, REMOVED], teacher_NV[:, REMOVED] = -torch.inf, -torch.inf
     results = {}
@@ -61,7 +61,7 @@ def measure(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tenso
 
 def guard_widths() -> None:
     """All losses forward and backward, with no tensor beyond the shard. top_k * R < U."""
-    group = dist.group.WORLD
+    group = current_group()
     student_NV, teacher_NV = build_logits()
     for name in LOSSES:
         student_NU = vocab_shard(student_NV, group, fill=0.0).requires_grad_()
@@ -75,7 +75,7 @@ def guard_widths() -> None:
 
 def collect_errors() -> list[str]:
     """Messages of bad input in the last shard, which every rank must raise."""
-    group = dist.group.WORLD
+    group = current_group()
     messages = []
     for model, value in ((0, torch.nan), (1, torch.inf), (1, -torch.inf)):
         logits = build_logits()
@@ -88,20 +88,15 @@ def collect_errors() -> list[str]:
 
 
 def run_checks() -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    guard_widths()
+    group = current_group()
+    if group is not None and group.size() == 2:
+        guard_widths()
     return measure(), collect_errors()
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> list[Any]:
-    return run_distributed(run_checks, 2)
-
-
-@pytest.fixture(scope="module", params=[1, 2])
-def results(
-    request: pytest.FixtureRequest, two_ranks: list[Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    return measure() if request.param == 1 else two_ranks[1][0]
+@pytest.fixture(scope="module", params=TP_SIZES)
+def results(request: pytest.FixtureRequest) -> list[tuple[Any, list[str]]]:
+    return on_ranks(run_checks, request.param)
 
 
 def expected(name: str) -> tuple[Tensor, Tensor]:
@@ -115,18 +110,19 @@ def expected(name: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_value_and_gradient(name: str, results: dict[str, tuple[Tensor, Tensor]]) -> None:
-    value_N, grad_NV = results[name]
+def test_value_and_gradient(name: str, results: list[tuple[Any, list[str]]]) -> None:
     expected_N, expected_NV = expected(name)
-    torch.testing.assert_close(value_N.double(), expected_N, rtol=1e-6, atol=1e-6)
-    difference = (grad_NV[:, :NUM_VALID] - expected_NV).abs().max()
-    assert difference <= 5e-6 * expected_NV.abs().max()
-    assert (grad_NV[:, NUM_VALID:] == 0).all()
-    assert (grad_NV[:, REMOVED] == 0).all()
+    for found, _ in results:
+        value_N, grad_NV = found[name]
+        torch.testing.assert_close(value_N.double(), expected_N, rtol=1e-6, atol=1e-6)
+        difference = (grad_NV[:, :NUM_VALID] - expected_NV).abs().max()
+        assert difference <= 5e-6 * expected_NV.abs().max()
+        assert (grad_NV[:, NUM_VALID:] == 0).all()
+        assert (grad_NV[:, REMOVED] == 0).all()
 
 
-def test_errors_are_raised_on_every_rank(two_ranks: list[Any]) -> None:
-    for _, messages in two_ranks:
+def test_errors_are_raised_on_every_rank(results: list[tuple[Any, list[str]]]) -> None:
+    for _, messages in results:
         assert messages == [
             "student logits hold a NaN in row 4",
             "teacher logits hold a +inf in row 4",

@@ -1,14 +1,14 @@
-"""What the losses read of a model: against dense float64, at TP 1, 2 and 4."""
+"""What the losses read of a model: against dense float64, at TP 1 to 16."""
 
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed.test_vocab_parallel import NUM_ROWS, NUM_VALID, build_logits
-from tests.ranks import run_distributed, vocab_shard
+from tests.local_ranks import TP_SIZES, current_group, on_ranks
+from tests.ranks import vocab_shard
 from trb_megatron.distributed.vocab_parallel import all_gather, mask_invalid
 from trb_megatron.loss.views import view_model
 
@@ -22,7 +22,7 @@ def support_ids() -> Tensor:
 
 def measure() -> dict[str, Tensor]:
     """Everything that a view tells, gathered where it is sharded."""
-    group = dist.group.WORLD if dist.is_initialized() else None
+    group = current_group()
     logits_NU = mask_invalid(vocab_shard(build_logits(), group), NUM_VALID, group)
     own = view_model("student", logits_NU, TOP_K, group)
     other = view_model("teacher", logits_NU, TOP_K, group, support_ids())
@@ -38,11 +38,9 @@ def measure() -> dict[str, Tensor]:
     }
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=TP_SIZES)
 def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    if request.param == 1:
-        return [measure()]
-    return run_distributed(measure, request.param)
+    return on_ranks(measure, request.param)
 
 
 def test_ranks_agree_bit_for_bit(results: list[dict[str, Tensor]]) -> None:
