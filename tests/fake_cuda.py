@@ -64,7 +64,8 @@ class FakeCuda(FakeTensorMode):
         kwargs = dict(kwargs or {})
         leaves = tree_leaves((args, kwargs))
         has_fakes = any(isinstance(leaf, FakeTensor) for leaf in leaves)
-        if not has_fakes and torch.device("cuda", 0) not in leaves:
+        devices = [leaf.type for leaf in leaves if isinstance(leaf, torch.device)]
+        if not has_fakes and "cuda" not in devices:
             return func(*args, **kwargs)
         if func is _aten._local_scalar_dense.default:
             return self.read(args[0]).item()
@@ -119,6 +120,7 @@ def fake_cuda(planned: Mapping[str, float]) -> Iterator[FakeCuda]:
         # A fake's own asks for the elements one by one.
         mock.patch.object(FakeTensor, "tolist", lambda tensor: mode.read(tensor).tolist()),
         mock.patch.object(torch.nn.Module, "to", _move),
+        mock.patch.object(dist, "all_gather_object", _gather_the_same),
         mode,
     ):
         yield mode
@@ -140,6 +142,11 @@ def _move(
             if buffer is not None:
                 part._buffers[name] = buffer.to(device)
     return module
+
+
+def _gather_the_same(gathered: list[Any], value: Any, group: Any = None) -> None:
+    """An all-gather of objects, in which the other ranks have what this one has."""
+    gathered[:] = [value] * len(gathered)
 
 
 def join_fake_world(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
@@ -76,7 +77,9 @@ class CachedModel:
 def forward_microbatch(model: Any, microbatch: Microbatch) -> Tensor:
     """The last stage's hidden states of a packed row, or what goes to the next stage."""
     tokens_1T, positions_1T = microbatch.tokens_T[None], microbatch.positions_T[None]
-    cu_lengths = torch.tensor(microbatch.cu_lengths, dtype=torch.int32, device=tokens_1T.device)
+    # Without Transformer Engine whoever reads them is on the host, three times a layer.
+    device = tokens_1T.device if HAVE_TE else "cpu"
+    cu_lengths = torch.tensor(microbatch.cu_lengths, dtype=torch.int32, device=device)
     packing = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_lengths,
