@@ -643,6 +643,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_contents.py::test_what_is_no_number_is_no_answer",),
     ),
     Mutant(
+        name="column-of-64-bits-read-as-one-of-32",
+        claim="numbers as answers are exact and have no exponent",
+        old="pyarrow.float32(): np.float32}",
+        new="pyarrow.float32(): np.float32, pyarrow.float64(): np.float32}",
+        tests=("test_answers.py::test_floats_are_those_of_their_column",),
+    ),
+    Mutant(
         name="class-label-left-a-number",
         claim="text of any compression and format means the same",
         old='if b"ClassLabel" not in content:',

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -33,7 +34,9 @@ Load = Callable[..., PromptSet]
 def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Load:
     """Load a file, or the text of a JSON Lines file."""
 
-    def read(source: Path | str, system_prompt: str | None = None) -> PromptSet:
+    def read(
+        source: Path | str, system_prompt: str | None = None, answer: str = "answer"
+    ) -> PromptSet:
         if isinstance(source, str):
             (tmp_path / "p.jsonl").write_text(source)
             source = tmp_path / "p.jsonl"
@@ -41,7 +44,7 @@ def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Load:
             PromptSource(
                 path=source,
                 format="auto",
-                columns=Columns("prompt", "answer", None),
+                columns=Columns("prompt", answer, None),
                 system_prompt=system_prompt,
                 apply_chat_template=True,
                 max_prompt_tokens=500,
@@ -96,7 +99,8 @@ def test_json_numbers_keep_their_value_and_have_no_exponent(load: Load) -> None:
 
 def test_numbers_of_columns_have_the_fewest_digits(load: Load, tmp_path: Path) -> None:
     columns = {
-        "float64": ([0.00001, 0.1, 1e22, 1234567.125, 0.1 + 0.2], pyarrow.float64()),
+        "float64": ([0.00001, 0.1, 1e22, 1234567.125, 0.1 + 0.2, 2.0**50], pyarrow.float64()),
+        "float16": ([0.1, 3.0], pyarrow.float16()),
         "float32": ([0.00001, 0.1, 16777216.0, 3.4e38, 4194304.5], pyarrow.float32()),
         "decimal": ([Decimal("0.00001"), Decimal("14.00"), Decimal(7)], pyarrow.decimal128(20, 5)),
         "int64": ([9007199254740993, -1], pyarrow.int64()),
@@ -112,18 +116,59 @@ def test_numbers_of_columns_have_the_fewest_digits(load: Load, tmp_path: Path) -
         pyarrow.parquet.write_table(pyarrow.table(table), path)
         answers[name] = [a for prompt in load(path).prompts for a in prompt.answer or ()]
     assert answers == {
-        "float64": ["0.00001", "0.1", "1" + "0" * 22, "1234567.125", "0.30000000000000004"],
+        "float64": [
+            *("0.00001", "0.1", "1" + "0" * 22, "1234567.125", "0.30000000000000004"),
+            "1125899906842624.0",
+        ],
+        "float16": ["0.1", "3.0"],
         "float32": ["0.00001", "0.1", "16777216.0", "34" + "0" * 37, "4194304.5"],
         "decimal": ["0.00001", "14.00000", "7.00000"],
         "int64": ["9007199254740993", "-1"],
         "lists": ["0.00001", "0.5"],
     }
-    values = np.random.default_rng(1).standard_normal(300).astype(np.float32) * np.float32(1e-3)
-    table = {"prompt": ["p"] * 300, "answer": pyarrow.array(values)}
-    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "many.parquet")
-    found = [a for prompt in load(tmp_path / "many.parquet").prompts for a in prompt.answer or ()]
-    assert [np.float32(a) for a in found] == list(values)
-    assert max(len(a.strip("-0.")) for a in found) < 15
+
+
+FLOATS: dict[str, type[np.floating[Any]]] = {
+    "halffloat": np.float16,
+    "float": np.float32,
+    "double": np.float64,
+}
+PLACES: dict[str, tuple[Callable[[pyarrow.DataType], pyarrow.DataType], Callable[[float], Any]]] = {
+    "answer": (lambda kind: kind, lambda value: value),
+    "list": (pyarrow.list_, lambda value: [value]),
+    "pair": (lambda kind: pyarrow.list_(kind, 2), lambda value: [value, 0.5]),
+    "info.answer": (lambda kind: pyarrow.struct([("answer", kind)]), lambda v: {"answer": v}),
+    "several.x": (
+        lambda kind: pyarrow.struct([("x", pyarrow.list_(kind))]),
+        lambda value: {"x": [value]},
+    ),
+}
+
+
+@pytest.mark.parametrize("format", ["parquet", "hf"])
+@pytest.mark.parametrize("width", FLOATS)
+def test_floats_are_those_of_their_column(
+    load: Load, tmp_path: Path, width: str, format: str
+) -> None:
+    """Its bits give the number back, at any depth, and no digit of it can be left out."""
+    number = FLOATS[width]
+    random = np.random.default_rng(1)
+    powers = [2.0**power for power in range(-12, 13)]
+    if width != "halffloat":
+        powers += [2.0**power for power in range(-120, 121)]
+    drawn = [*random.standard_normal(60), *(random.standard_normal(60) * 1e-3), 0.1, 1 / 3]
+    values = [float(number(value)) for value in [*powers, *drawn]]
+    for place, (type_of, wrap) in PLACES.items():
+        column = pyarrow.array(list(map(wrap, values)), type_of(pyarrow.type_for_alias(width)))
+        table = pyarrow.table({"prompt": ["p"] * len(values), place.partition(".")[0]: column})
+        path = tmp_path / f"{place}.{format}"
+        if format == "hf":
+            datasets.Dataset(table).save_to_disk(str(path))
+        else:
+            pyarrow.parquet.write_table(table, path)
+        found = [(prompt.answer or ("",))[0] for prompt in load(path, answer=place).prompts]
+        assert [number(answer) for answer in found] == values
+        assert [float(answer) for answer in found] == [float(str(number(v))) for v in values]
 
 
 @pytest.mark.parametrize(

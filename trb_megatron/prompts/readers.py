@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from trb_megatron.file_checks import GIT_LFS_HEAD, RepeatedKeyError, unique_keys
 from trb_megatron.prompts.columns import find_value, missing_column, outer_columns
+from trb_megatron.prompts.floats import shorten_columns
 from trb_megatron.prompts.labels import declared_features, with_names
 
 
@@ -209,7 +210,7 @@ def _read_parquet(
             columns = _choose_columns(path, needed, optional, _skeleton(schema), schema.names)
             batches = table.iter_batches(columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from _named_rows(path, rows, schema)
+            yield from _meant_rows(path, rows, schema)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
 
@@ -228,16 +229,19 @@ def _read_hf_dataset(
         raise ValueError(f"{path}: cannot be read as a dataset folder: {error}") from error
     schema = dataset.features.arrow_schema
     columns = _choose_columns(path, needed, optional, _skeleton(schema), schema.names)
-    yield from _named_rows(path, dataset.select_columns(columns), schema)
+    yield from _meant_rows(path, dataset.select_columns(columns), schema)
 
 
-def _named_rows(
+def _meant_rows(
     path: Path, rows: Iterable[dict[str, Any]], schema: pyarrow.Schema
 ) -> Iterator[tuple[str, Any]]:
-    """Rows with their location, and with the names of class labels in place of their numbers."""
+    """Rows with their location, names in place of class labels, and numbers as they are meant."""
     features = declared_features(schema.metadata)
+    shorten = shorten_columns(schema)
     for number, row in enumerate(rows, start=1):
         location = f"{path}, row {number}"
+        if shorten is not None:
+            row = shorten(row)
         if features:
             try:
                 row = with_names(row, features)

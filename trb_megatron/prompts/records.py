@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from trb_megatron.escapes import find_left_over
 from trb_megatron.prompts.columns import find_value, missing_column
 from trb_megatron.prompts.messages import parse_prompt, parse_text
@@ -141,22 +139,9 @@ def _write_number(value: int | float | Decimal, location: str) -> str:
     Raises:
         ValueError: it has more than `_MOST_DIGITS` digits.
     """
-    number = _shortest(value) if isinstance(value, float) else Decimal(value)
+    number = Decimal(repr(value) if isinstance(value, float) else value)
     if abs(number.adjusted()) >= _MOST_DIGITS or len(number.as_tuple().digits) > _MOST_DIGITS:
         raise ValueError(
             f"{location} is a number of more than {_MOST_DIGITS:,} digits; write it as text"
         )
     return f"{number:f}"
-
-
-def _shortest(value: float) -> Decimal:
-    """The fewest digits that mean this number, of 32 bits where it was stored in so many.
-
-    A column of 32-bit numbers reads 0.1 as 0.10000000149011612: a long number that 32 bits hold
-    exactly came from them.
-    """
-    number = Decimal(repr(value))
-    is_long = len(number.as_tuple().digits) >= 15
-    if is_long and abs(value) < np.finfo(np.float32).max and float(np.float32(value)) == value:
-        return Decimal(str(np.float32(value)))
-    return number
