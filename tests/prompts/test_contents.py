@@ -271,6 +271,18 @@ def test_number_without_a_label_is_refused(
         load(tmp_path / "p.parquet", tokenizer)
 
 
+@pytest.mark.parametrize("format", ["numpy", "torch", "pandas", "arrow"])
+@pytest.mark.parametrize("columns", [None, ["answer"]])
+def test_format_of_a_saved_dataset_changes_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, format: str, columns: list[str] | None
+) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "19+23"}], "answer": [i, i]} for i in range(2)]
+    expected = load(write_jsonl(tmp_path / "p.jsonl", rows), tokenizer)
+    dataset = datasets.Dataset.from_list(rows).with_format(format, columns=columns)
+    dataset.save_to_disk(str(tmp_path / "hf"))
+    assert load(tmp_path / "hf", tokenizer) == expected
+
+
 def test_categories_of_pandas_are_their_values(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

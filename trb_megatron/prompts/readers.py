@@ -229,7 +229,8 @@ def _read_hf_dataset(
         raise ValueError(f"{path}: cannot be read as a dataset folder: {error}") from error
     schema = dataset.features.arrow_schema
     columns = _choose_columns(path, needed, optional, _skeleton(schema), schema.names)
-    yield from _meant_rows(path, dataset.select_columns(columns), schema)
+    dataset = dataset.with_format(None).select_columns(columns)  # it may be saved as arrays
+    yield from _meant_rows(path, dataset, schema)
 
 
 def _meant_rows(
