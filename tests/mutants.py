@@ -575,8 +575,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="long-decimals-taken-for-64-bits",
         claim="numbers as answers are exact and have no exponent",
-        old="return Decimal(str(np.float32(value)))",
-        new="return number",
+        old="float(str(narrow(value)))",
+        new="float(value)",
         tests=("test_answers.py::test_numbers_of_columns_have_the_fewest_digits",),
     ),
     Mutant(
@@ -592,6 +592,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="if found := find_control(text):",
         new="if found := None:",
         tests=("test_config.py::test_broken_yaml_is_named_by_file_and_line",),
+    ),
+    Mutant(
+        name="comment-cut-off-an-override",
+        claim="the text of an override is read whole or refused",
+        old='"a comment" if "#" in head else',
+        new='"a comment" if "###" in head else',
+        tests=("test_config.py::test_text_of_an_override_is_the_value_or_refused",),
     ),
     Mutant(
         name="some-answers-taken-for-none",
