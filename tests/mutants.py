@@ -636,6 +636,20 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_files.py::test_folder_is_read_as_load_dataset_would",),
     ),
     Mutant(
+        name="part-of-a-folder-read-as-the-whole",
+        claim="a folder of prompts is read as `datasets.load_dataset` reads it",
+        old="if absent := sorted(set(whole) - numbers):",
+        new="if absent := sorted(numbers - set(whole)):",
+        tests=("test_files.py::test_folder_is_read_as_load_dataset_would",),
+    ),
+    Mutant(
+        name="pattern-without-a-file-passed-over",
+        claim="a folder of prompts is read as `datasets.load_dataset` reads it",
+        old="if not found:\n            return _Split",
+        new="if not files and not found:\n            return _Split",
+        tests=("test_files.py::test_all_that_the_readme_names_is_there",),
+    ),
+    Mutant(
         name="last-of-two-equal-keys-wins",
         claim="text of any compression and format means the same",
         old="if len(values) < len(pairs):",

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -183,19 +183,23 @@ def _describe_files(source: PromptSource, files: SourceFiles) -> str:
     """Which files were read, and which of the folder were not."""
     if files.split is None:
         return str(source.path)
-    names = [file.relative_to(source.path).as_posix() for file in files.files]
-    count = f"{len(names):,} files: " if len(names) > 1 else ""
-    if len(names) > _MOST_NAMES:
-        names = [names[0], "...", names[-1]]
+    count = f"{len(files.files):,} files: " if len(files.files) > 1 else ""
     others = [split for split in files.splits if split != files.split]
     return "".join(
         (
-            f"{source.path} ({count}{', '.join(names)}",
+            f"{source.path} ({count}{_list_names(source.path, files.files)}",
             f"; split {files.split}, not {', '.join(others)}" if others else "",
-            f"; {len(files.unread)} of no split not read" if files.unread else "",
+            f"; {len(files.unread):,} not read: {_list_names(source.path, files.unread)}"
+            if files.unread
+            else "",
             ")",
         )
     )
+
+
+def _list_names(folder: Path, files: Sequence[Path]) -> str:
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return ", ".join(names if len(names) <= _MOST_NAMES else [names[0], "...", names[-1]])
 
 
 def _read_records(source: PromptSource, files: SourceFiles) -> Iterator[Record]:
