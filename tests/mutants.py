@@ -580,6 +580,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_answers.py::test_numbers_of_columns_have_the_fewest_digits",),
     ),
     Mutant(
+        name="spelled-list-taken-for-one-answer",
+        claim="numbers as answers are exact and have no exponent",
+        old="not isinstance(value, str) or not _SPELLED_LIST.fullmatch(value)",
+        new="True",
+        tests=("test_answers.py::test_list_of_answers_may_be_spelled_in_json",),
+    ),
+    Mutant(
         name="form-feeds-pass",
         claim="LaTeX that lost its backslashes is refused or told",
         old="[\\b\\f]|[\\a\\v\\x1b]",
@@ -683,6 +690,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="if name in row:\n        return row[name]",
         new='if name in row and "." not in name:\n        return row[name]',
         tests=("test_contents.py::test_nested_columns_are_named_with_dots",),
+    ),
+    Mutant(
+        name="missing-value-of-csv-is-an-answer",
+        claim="text of any compression and format means the same",
+        old="_refuse_missing_words(row, columns, location)",
+        new="",
+        tests=("test_contents.py::test_words_for_missing_values_are_refused_in_csv",),
     ),
     Mutant(
         name="empty-cell-is-empty-text",

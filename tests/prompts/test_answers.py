@@ -1,6 +1,8 @@
 """Answers that are numbers, and texts whose backslashes were lost on the way."""
 
+import csv
 import json
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -169,6 +171,60 @@ def test_floats_are_those_of_their_column(
         found = [(prompt.answer or ("",))[0] for prompt in load(path, answer=place).prompts]
         assert [number(answer) for answer in found] == values
         assert [float(answer) for answer in found] == [float(str(number(v))) for v in values]
+
+
+# Texts, and the answers that they are.
+SPELLED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ('["5", "five"]', ("5", "five")),
+    (' [\n "5"\n] ', ("5",)),
+    ('["\\\\frac{1}{2}"]', (r"\frac{1}{2}",)),
+    ('["5", 5.50, 1e3]', ("5", "5.50", "1000")),
+    ('[5, "five"]', ("5", "five")),
+    ('["so #### 7"]', ("7",)),
+    ('["[\\"a\\"]"]', ('["a"]',)),
+    ("[1, 2]", ("[1, 2]",)),
+    ("[[1, 2], [3, 4]]", ("[[1, 2], [3, 4]]",)),
+    ("[x, y)", ("[x, y)",)),
+    ("[f'(x), 2]", ("[f'(x), 2]",)),
+    ('["a", "b"', ('["a", "b"',)),
+    ('"5"', ('"5"',)),
+    ('{"a": "b"}', ('{"a": "b"}',)),
+)
+
+
+@pytest.mark.parametrize(("text", "answers"), SPELLED)
+def test_list_of_answers_may_be_spelled_in_json(
+    load: Load, tmp_path: Path, text: str, answers: tuple[str, ...]
+) -> None:
+    with (tmp_path / "p.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "answer"], ["p", text]])
+    for source in (json.dumps({"prompt": "p", "answer": text}) + "\n", tmp_path / "p.csv"):
+        (prompt,) = load(source).prompts
+        assert prompt.answer == answers
+    (prompt,) = load(json.dumps({"prompt": "p", "answer": [text]})).prompts
+    assert prompt.answer == (text.rpartition("####")[2].strip() or text,)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("['5', 'five']", 'looks like a list of answers, but is: broken JSON.* ["5", "five"], or'),
+        (r'["\sqrt{2}"]', "looks like a list of answers, but is: broken JSON"),
+        (r'["\frac{1}{2}"]', "holds a form feed, which is what an unescaped"),
+        ('["a"] or ["b"]', "broken JSON at column 7: .* put a text that is the answer as it st"),
+        ('["5", true]', "holds a boolean"),
+        ('[["a"], ["b"]]', "holds list, not text"),
+        ('["5", ""]', "is empty"),
+        ("[]", "is an empty list of answers; fill it in"),
+        ("[ ]", "is an empty list of answers"),
+    ],
+)
+def test_text_that_is_nearly_a_list_of_answers_is_refused(
+    load: Load, text: str, complaint: str
+) -> None:
+    place = re.escape("p.jsonl:2: column 'answer'") + ".*"
+    with pytest.raises(ValueError, match=place + complaint.replace("[", r"\[")):
+        load("".join(json.dumps({"prompt": "p", "answer": a}) + "\n" for a in ("1", text)))
 
 
 @pytest.mark.parametrize(

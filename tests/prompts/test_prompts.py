@@ -125,7 +125,7 @@ def test_limit_counts_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
 def test_formats_agree_and_so_do_their_fingerprints(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    rows = [{**row, "answer": str(row["answer"])} for row in ROWS]
+    rows = [{**row, "answer": str(number)} for number, row in enumerate(ROWS)]
     jsonl = write_jsonl(tmp_path / "p.jsonl", rows)
     (tmp_path / "p.json").write_text(json.dumps(rows, indent=2))
     folder = tmp_path / "parquet"

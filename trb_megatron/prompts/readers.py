@@ -172,7 +172,10 @@ def _json_errors(location: str) -> Iterator[None]:
 def _read_csv(
     path: Path, needed: Mapping[str, str], optional: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Rows of text; an empty cell is None. The first line names the columns."""
+    """Rows of text; an empty cell is None. The first line names the columns.
+
+    A word for a missing value is refused in the columns that are needed or optional.
+    """
     csv.field_size_limit(2**31 - 1)  # of the process; a prompt may be longer than 131,072 bytes
     is_tsv = ".tsv" in (suffix.lower() for suffix in path.suffixes)
     with _open(path) as file:
@@ -189,14 +192,36 @@ def _read_csv(
                 return
             if header is None:
                 header = cells
-                _choose_columns(path, needed, optional, dict.fromkeys(header, True), header)
+                skeleton = dict.fromkeys(header, True)
+                columns = _choose_columns(path, needed, optional, skeleton, header)
             elif cells:  # an empty line is no row
                 if len(cells) != len(header):
                     raise ValueError(
                         f"{location}: {len(cells)} cells, but the first line names {len(header)} "
                         "columns; put quotes around a cell with a delimiter or a line break"
                     )
-                yield location, dict(zip(header, (cell or None for cell in cells), strict=True))
+                row = dict(zip(header, (cell or None for cell in cells), strict=True))
+                _refuse_missing_words(row, columns, location)
+                yield location, row
+
+
+# pandas, and so `load_dataset`, reads them as null, in quotes, too.
+_MISSING_WORDS = {
+    *("nan", "-nan", "NaN", "-NaN", "NA", "<NA>", "N/A", "n/a", "#NA", "#N/A", "#N/A N/A"),
+    *("null", "NULL", "None", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
+}
+
+
+def _refuse_missing_words(
+    row: Mapping[str, str | None], columns: Sequence[str], location: str
+) -> None:
+    for column in columns:
+        if (row[column] or "").strip() in _MISSING_WORDS:
+            raise ValueError(
+                f"{location}: column {column!r} holds {row[column]!r}, which is how tables write a "
+                "missing value; fill it in, leave the row out, or write the rows as JSON Lines if "
+                "the word is meant"
+            )
 
 
 def _read_parquet(

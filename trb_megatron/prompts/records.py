@@ -1,6 +1,7 @@
 """One row of a prompt source, checked: prompt, acceptable answers, response to imitate."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 from trb_megatron.escapes import find_left_over
 from trb_megatron.prompts.columns import find_value, missing_column
 from trb_megatron.prompts.messages import parse_prompt, parse_text
+from trb_megatron.prompts.readers import parse_json
 
 
 class Columns(NamedTuple):
@@ -53,17 +55,21 @@ def parse_record(
     for column, fix in needed.items():
         if find_value(row, column) is None:
             raise ValueError(f"{location}: {missing_column(column, row)}; {fix}")
-    answer = no_answer = None
+    answers = answer = no_answer = None
     if columns.answer is not None:
-        no_answer = _missing_answer(row, columns.answer, location)
+        place = f"{location}: column {columns.answer!r}"
+        answers = _read_spelled(find_value(row, columns.answer), place)
+        no_answer = _missing_answer(answers, place)
+        if answers is None:
+            no_answer = f"{location}: {missing_column(columns.answer, row)}"
         if no_answer is None:
-            value = find_value(row, columns.answer)
-            answer = _parse_answers(value, f"{location}: column {columns.answer!r}")
+            answer = _parse_answers(answers, place)
         elif columns.answer in needed:
             raise ValueError(f"{no_answer}; {needed[columns.answer]}")
     prompt = parse_prompt(find_value(row, columns.prompt), f"{location}: column {columns.prompt!r}")
-    others = [find_value(row, column) for column in columns[1:] if column is not None]
-    left_over = next(filter(None, map(find_left_over, _texts([prompt, *others]))), None)
+    response = None if columns.response is None else find_value(row, columns.response)
+    texts = _texts([prompt, answers, response])
+    left_over = next(filter(None, map(find_left_over, texts)), None)
     return Record(
         index=index,
         location=location,
@@ -73,9 +79,7 @@ def parse_record(
         response=(
             None
             if columns.response is None
-            else parse_text(
-                find_value(row, columns.response), f"{location}: column {columns.response!r}"
-            )
+            else parse_text(response, f"{location}: column {columns.response!r}")
         ),
         left_over=left_over,
     )
@@ -92,15 +96,29 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(list(value.values()))
 
 
-def _missing_answer(row: dict[str, Any], column: str, location: str) -> str | None:
-    """The complaint about a row without an answer: absent, null, blank or an empty list."""
-    value = find_value(row, column)
-    if value is None:
-        return f"{location}: {missing_column(column, row)}"
+# Text that spells a list with a text in it, or an empty one; [1, 2] is an interval.
+_SPELLED_LIST = re.compile(r"""\s*\[(?:\s*|\s*'.*|[^"]*".*)\]\s*""", re.DOTALL)
+
+
+def _read_spelled(value: Any, location: str) -> Any:
+    """The list of answers that a text spells in JSON; any other value is the answer itself."""
+    if not isinstance(value, str) or not _SPELLED_LIST.fullmatch(value):
+        return value
+    try:
+        return parse_json(value, f"{location} looks like a list of answers, but is")
+    except ValueError as error:
+        raise ValueError(
+            f'{error}; write the list in JSON, such as ["5", "five"], or put a text that is the '
+            "answer as it stands into a list"
+        ) from None
+
+
+def _missing_answer(value: Any, location: str) -> str | None:
+    """The complaint about a value that is no answer: blank or an empty list."""
     if isinstance(value, str) and not value.strip():
-        return f"{location}: column {column!r} is empty"
+        return f"{location} is empty"
     if value == []:
-        return f"{location}: column {column!r} is an empty list of answers"
+        return f"{location} is an empty list of answers"
     return None
 
 
