@@ -734,6 +734,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_conversations.py::test_options_of_a_template",),
     ),
     Mutant(
+        name="option-that-the-template-never-reads-accepted",
+        claim="a conversation that ends with its solution is refused",
+        old="if name not in known:",
+        new="if name not in template:",
+        tests=("test_conversations.py::test_options_are_the_variables_that_a_template_reads",),
+    ),
+    Mutant(
         name="start-report-names-no-split",
         claim="the start-up report is one screen",
         old="if others else",

@@ -1,6 +1,7 @@
 """Conversations as prompts, and what chat templates make of them."""
 
 import json
+import re
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -199,6 +200,49 @@ def test_options_of_a_template(tmp_path: Path, with_template: Make) -> None:
     for name in ("enable_thinkin", "thinking", "x", "messages", "add_generation_prompt"):
         with pytest.raises(ValueError, match=rf"data\.chat_template_kwargs\.{name}: is no option"):
             read(**{name: False})
+
+
+USER_CONTENT = "{{ messages[0].content }}"
+
+# Templates, and the options that they read.
+OPTIONS: tuple[tuple[str, str], ...] = (
+    ("{% set mode = 'a' if effort is defined and effort else 'b' %}{{ mode }}", "effort"),
+    ("{% set effort = effort | default('high') %}{{ effort }}", "effort"),
+    ("{% if effort is not defined %}{% set effort = 1 %}{% endif %}{{ effort }}", "effort"),
+    ("{% if not day is defined %}{% set day = strftime_now('%d') %}{% endif %}{{ day }}", "day"),
+    ("{# thinking: see README #}{{ 'defined' }} role", ""),
+    ("{% for m in messages %}{{ m.role }}{{ m['name'] }}{{ loop.first }}{% endfor %}", ""),
+    ("{% macro show(a, b=depth) %}{{ a }}{{ c }}{% endmacro %}{{ show(1) }}", "c depth"),
+    ("{% set ns = namespace(found=x) %}{{ ns.found }}{{ range(2) | list }}", "x"),
+    (
+        "{% generation %}{{ level }}{% endgeneration %}{% for i in [1] %}{% break %}{% endfor %}",
+        "level",
+    ),
+    ("{% if tools %}{{ raise_exception('no tools') }}{% endif %}", ""),
+)
+
+
+@pytest.mark.parametrize(("template", "names"), OPTIONS)
+def test_options_are_the_variables_that_a_template_reads(
+    tmp_path: Path, with_template: Make, template: str, names: str
+) -> None:
+    tokenizer = with_template(template + USER_CONTENT)
+    words = set(re.findall(r"[a-z_]+", template)) | {"nothing", "messages", "tokenize"}
+    for name in words:
+        options = {"chat_template_kwargs": {name: 1}}
+        if name in names.split():
+            load_prompt(tmp_path, tokenizer, "19+23", **options)
+            continue
+        known = ", ".join(names.split()) or "none"
+        message = rf"kwargs\.{name}: is no option .*, which has {known}; correct its name or leave"
+        with pytest.raises(ValueError, match=message):
+            load_prompt(tmp_path, tokenizer, "19+23", **options)
+
+
+def test_template_that_cannot_be_parsed_is_named(tmp_path: Path, with_template: Make) -> None:
+    tokenizer = with_template("\n{% for %}")
+    with pytest.raises(ValueError, match="tokenizer: its chat template is broken at line 2: Expec"):
+        load_prompt(tmp_path, tokenizer, "19+23", chat_template_kwargs={"x": 1})
 
 
 DATES = (

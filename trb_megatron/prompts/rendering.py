@@ -6,6 +6,12 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
+from jinja2.defaults import DEFAULT_NAMESPACE
 from transformers import PreTrainedTokenizerFast
 
 from trb_megatron.prompts.records import Record
@@ -50,13 +56,15 @@ class ChatTemplate:
             )
         template = tokenizer.get_chat_template()
         self._template = template if today is None else _fix_date(template, today)
-        arguments = inspect.signature(tokenizer.apply_chat_template).parameters
-        taken = {"messages", "strftime_now", *arguments}
+        if not options:
+            return
+        known = _find_options(tokenizer, template)
         for name in options:
-            if name in taken or not re.search(rf"\b{re.escape(name)}\b", template):
+            if name not in known:
                 raise ValueError(
                     f"data.chat_template_kwargs.{name}: is no option of the chat template of "
-                    f"{tokenizer.name_or_path}; correct its name or leave it out"
+                    f"{tokenizer.name_or_path}, which has {', '.join(sorted(known)) or 'none'}; "
+                    "correct its name or leave it out"
                 )
 
     def render(self, record: Record) -> str:
@@ -121,6 +129,30 @@ class ChatTemplate:
             if self._apply(changed) == (text, None):
                 return number
         return None
+
+
+class _Generation(jinja2.ext.Extension):
+    """The block `{% generation %}`, in which transformers has templates mark what is to learn."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _find_options(tokenizer: PreTrainedTokenizerFast, template: str) -> set[str]:
+    """Variables that a template reads, and neither sets before nor has from transformers."""
+    environment = jinja2.Environment(extensions=[_Generation, jinja2.ext.loopcontrols])
+    try:
+        read = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: its chat template is broken at line {error.lineno}: {error}"
+        ) from None
+    given = {"messages", "strftime_now", "raise_exception", *DEFAULT_NAMESPACE}
+    given |= {*inspect.signature(tokenizer.apply_chat_template).parameters}
+    return read - given
 
 
 def _fix_date(template: str, today: date) -> str:
