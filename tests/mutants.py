@@ -715,8 +715,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="messages-in-json-taken-for-text",
         claim="a conversation that ends with its solution is refused",
-        old="if isinstance(value, str) and _SPELLED_MESSAGES.match(value):",
-        new="if isinstance(value, str) and _SPELLED_MESSAGES.fullmatch(value):",
+        old="if isinstance(value, str) and _spells_messages(value):",
+        new="if isinstance(value, str) and _BEGINS_WITH_MESSAGE.match(value):",
         tests=("test_conversations.py::test_conversation_is_read_as_its_owner_means_it",),
     ),
     Mutant(
@@ -725,6 +725,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="sum(other.count(content) for other in contents)",
         new="1",
         tests=("test_conversations.py::test_template_that_leaves_out_our_instruction_is_refused",),
+    ),
+    Mutant(
+        name="thinking-of-an-earlier-answer-taken-for-the-answer",
+        claim="a conversation that ends with its solution is refused",
+        old="""{_MORE}"}""",
+        new="""{message['content']}"}""",
+        tests=("test_conversations.py::test_template_may_cut_the_thinking_of_earlier_answers",),
     ),
     Mutant(
         name="options-of-the-template-not-passed-on",

@@ -18,7 +18,12 @@ import pyarrow
 import pyarrow.parquet
 
 from trb_megatron.file_checks import GIT_LFS_HEAD, RepeatedKeyError, unique_keys
-from trb_megatron.prompts.columns import find_value, missing_column, outer_columns
+from trb_megatron.prompts.columns import (
+    ROW_OPTIONS,
+    find_value,
+    missing_column,
+    outer_columns,
+)
 from trb_megatron.prompts.floats import shorten_columns
 from trb_megatron.prompts.labels import declared_features, with_names
 
@@ -33,7 +38,7 @@ def read_rows(
             folder of a saved dataset.
         needed: columns that a file with a table of columns must have, and what to do where it has
             them not.
-        optional: columns to read as well, where they are.
+        optional: columns to read as well, where they are; so are those of `ROW_OPTIONS`.
     """
     readers = {
         "jsonl": _read_json,
@@ -232,7 +237,9 @@ def _read_parquet(
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             schema = table.schema_arrow
-            columns = _choose_columns(path, needed, optional, _skeleton(schema), schema.names)
+            columns = _choose_columns(
+                path, needed, (*optional, *ROW_OPTIONS), _skeleton(schema), schema.names
+            )
             batches = table.iter_batches(columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from _meant_rows(path, rows, schema)
@@ -253,7 +260,9 @@ def _read_hf_dataset(
     except Exception as error:  # the library's errors for a damaged folder are of many kinds
         raise ValueError(f"{path}: cannot be read as a dataset folder: {error}") from error
     schema = dataset.features.arrow_schema
-    columns = _choose_columns(path, needed, optional, _skeleton(schema), schema.names)
+    columns = _choose_columns(
+        path, needed, (*optional, *ROW_OPTIONS), _skeleton(schema), schema.names
+    )
     dataset = dataset.with_format(None).select_columns(columns)  # it may be saved as arrays
     yield from _meant_rows(path, dataset, schema)
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from trb_megatron.escapes import find_left_over
-from trb_megatron.prompts.columns import find_value, missing_column
+from trb_megatron.prompts.columns import ROW_OPTIONS, find_value, missing_column
 from trb_megatron.prompts.messages import parse_prompt, parse_text
 from trb_megatron.prompts.readers import parse_json
 
@@ -29,6 +29,7 @@ class Record:
         answer: the acceptable answers; None where the row has none, or none is read.
         no_answer: the complaint about a row that has none in the column that is read.
         left_over: what in the row looks like LaTeX without its backslash.
+        options: those of `ROW_OPTIONS` in which the row has a value.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Record:
     no_answer: str | None
     response: str | None
     left_over: str | None
+    options: tuple[str, ...]
 
 
 def parse_record(
@@ -82,7 +84,15 @@ def parse_record(
             else parse_text(response, f"{location}: column {columns.response!r}")
         ),
         left_over=left_over,
+        options=tuple(n for n in ROW_OPTIONS if n not in columns and _has_value(row.get(n))),
     )
+
+
+def _has_value(value: Any) -> bool:
+    """Whether there is something in a value, which may be spelled; null and nan are nothing."""
+    if isinstance(value, dict):
+        return any(_has_value(part) for part in value.values())
+    return value is not None and value not in ("", "[]", "{}", "null", "None", "nan", [])
 
 
 def _texts(value: Any) -> Iterator[str]:

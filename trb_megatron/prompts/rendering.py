@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trb_megatron.prompts.records import Record
 
-_LEFT_OUT_ROLES = ("assistant",)  # templates cut the thinking of earlier answers, and mean it
+_MORE = "and so on"  # a text that no message needs, to see whether it is rendered
 
 
 def prints_date(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -114,18 +114,16 @@ class ChatTemplate:
     def _find_left_out(self, messages: list[dict[str, Any]], text: str) -> int | None:
         """Which message, if any, makes no difference to the text.
 
-        One whose content is in the text as often as in the messages does; any other is changed to
-        see.
+        One whose content is in the text as often as in the messages does; any other is made longer
+        to see. Templates cut the thinking from earlier answers, and mean it: what is behind it is
+        what counts.
         """
-        contents = [m["content"].strip() for m in messages if m["role"] not in _LEFT_OUT_ROLES]
-        for number, message in enumerate(messages):
-            content = message["content"].strip()
-            if message["role"] in _LEFT_OUT_ROLES:
-                continue
+        contents = [message["content"].strip() for message in messages]
+        for number, (message, content) in enumerate(zip(messages, contents, strict=True)):
             if text.count(content) >= sum(other.count(content) for other in contents):
                 continue
             changed = [*messages]
-            changed[number] = {**message, "content": f"{message['content']} {content}"}
+            changed[number] = {**message, "content": f"{message['content']} {_MORE}"}
             if self._apply(changed) == (text, None):
                 return number
         return None

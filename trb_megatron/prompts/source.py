@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -141,12 +142,14 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
     prompts: list[Prompt] = []
     too_long: list[Prompt] = []
     left_over: list[tuple[str, str]] = []
+    row_options: Counter[str] = Counter()
     for batch in _batched(_read_records(source, files), _TOKENIZER_BATCH):
         has_answers = has_answers or batch[0].answer is not None
         for prompt in _tokenize(batch, tokenizer, template):
             fits = len(prompt.token_ids) <= source.max_prompt_tokens
             (prompts if fits else too_long).append(prompt)
         left_over += [(r.location, r.left_over) for r in batch if r.left_over is not None]
+        row_options.update(option for record in batch for option in record.options)
     if not prompts:
         longer = f"all {len(too_long)} are longer than max_prompt_tokens={source.max_prompt_tokens}"
         raise ValueError(f"{source.path}: no prompts: {longer if too_long else 'it is empty'}")
@@ -158,15 +161,22 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
         summary=f"{len(prompts) + len(too_long):,} rows of {_describe_files(source, files)}, "
         f"columns {', '.join(column for column in read if column is not None)}",
         first_text=str(tokenizer.decode(list(prompts[0].token_ids))),
-        warnings=tuple(_warnings(source, left_over)),
+        warnings=tuple(_warnings(source, left_over, row_options)),
     )
 
 
 _SHOWN_ROWS = 3
 
 
-def _warnings(source: PromptSource, left_over: list[tuple[str, str]]) -> Iterator[str]:
-    """What looks like LaTeX without its backslashes; `left_over` has rows, and what is in them."""
+def _warnings(
+    source: PromptSource, left_over: list[tuple[str, str]], row_options: Mapping[str, int]
+) -> Iterator[str]:
+    """What looks like LaTeX without its backslashes, and columns that others read.
+
+    Args:
+        left_over: rows, and what is in them.
+        row_options: columns of `ROW_OPTIONS`, and how many rows have a value in them.
+    """
     found = source.system_prompt and find_left_over(source.system_prompt)
     if found:
         yield f"the system prompt holds {found}, or put it in single quotes"
@@ -176,6 +186,13 @@ def _warnings(source: PromptSource, left_over: list[tuple[str, str]]) -> Iterato
         count = "1 row" if len(left_over) == 1 else f"{len(left_over):,} rows"
         yield f"{count} may have lost backslashes: {rows}" + (
             f"; and {more:,} more" if more > 0 else ""
+        )
+    for option, number in row_options.items():
+        having = "1 row has" if number == 1 else f"{number:,} rows have"
+        yield f"{source.path}: {having} a value in the column {option!r}, which is not read: " + (
+            "tools are not supported"
+            if option == "tools"
+            else f"options are those of data.{option} for all rows"
         )
 
 
