@@ -461,9 +461,16 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="answers-no-part-of-the-datas-fingerprint",
         claim="a run is resumed on its own prompts only",
-        old="record = [prompt.token_ids, prompt.answer, prompt.response_ids]",
-        new="record = [prompt.token_ids, prompt.response_ids]",
+        old="record: list[Any] = [prompt.token_ids, prompt.answer, prompt.response_ids]",
+        new="record: list[Any] = [prompt.token_ids, prompt.response_ids]",
         tests=("test_prompts.py::test_fingerprint_depends_on_everything_that_is_used",),
+    ),
+    Mutant(
+        name="long-problems-no-part-of-the-datas-fingerprint",
+        claim="a run is resumed on its own prompts only",
+        old="for prompt in sorted((*prompts, *too_long),",
+        new="for prompt in sorted(prompts,",
+        tests=("test_prompts.py::test_fingerprint_knows_prompts_that_are_too_long",),
     ),
     Mutant(
         name="folder-renamed-before-its-files-are-on-the-disk",

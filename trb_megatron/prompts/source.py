@@ -41,7 +41,8 @@ class PromptSet:
     """The prompts of one source, in its order, without those that were too long.
 
     Attributes:
-        fingerprint: a hash of token ids, answers and responses, wherever they were read from.
+        fingerprint: a hash of token ids, answers and responses, also of prompts that are too long,
+            wherever they were read from.
         summary: what was read: rows, files, split, columns.
         first_text: the first prompt as the student sees it, decoded.
         warnings: what can be used but is probably not meant, a line each.
@@ -157,7 +158,7 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
     return PromptSet(
         prompts=tuple(prompts),
         too_long=tuple(too_long),
-        fingerprint=_fingerprint(prompts),
+        fingerprint=_fingerprint(prompts, too_long),
         summary=f"{len(prompts) + len(too_long):,} rows of {_describe_files(source, files)}, "
         f"columns {', '.join(column for column in read if column is not None)}",
         first_text=str(tokenizer.decode(list(prompts[0].token_ids))),
@@ -277,9 +278,13 @@ def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
         yield batch
 
 
-def _fingerprint(prompts: list[Prompt]) -> str:
+def _fingerprint(prompts: Sequence[Prompt], too_long: Sequence[Prompt]) -> str:
+    """Of all prompts in their order, and which are too long: as problems, those count as wrong."""
+    are_too_long = {prompt.index for prompt in too_long}
     digest = hashlib.sha256()
-    for prompt in prompts:
-        record = [prompt.token_ids, prompt.answer, prompt.response_ids]
+    for prompt in sorted((*prompts, *too_long), key=lambda prompt: prompt.index):
+        record: list[Any] = [prompt.token_ids, prompt.answer, prompt.response_ids]
+        if prompt.index in are_too_long:
+            record.append("too long")
         digest.update(json.dumps(record).encode() + b"\n")
     return digest.hexdigest()
