@@ -582,8 +582,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="long-decimals-taken-for-64-bits",
         claim="numbers as answers are exact and have no exponent",
-        old="float(str(narrow(value)))",
-        new="float(value)",
+        old="shortest = float(str(narrow(value)))",
+        new="shortest = float(value)",
         tests=("test_answers.py::test_numbers_of_columns_have_the_fewest_digits",),
     ),
     Mutant(
@@ -680,8 +680,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="column-of-64-bits-read-as-one-of-32",
         claim="numbers as answers are exact and have no exponent",
-        old="pyarrow.float32(): np.float32}",
-        new="pyarrow.float32(): np.float32, pyarrow.float64(): np.float32}",
+        old="pyarrow.float32(): np.float32,",
+        new="pyarrow.float32(): np.float32, pyarrow.float64(): np.float32,",
         tests=("test_answers.py::test_floats_are_those_of_their_column",),
     ),
     Mutant(

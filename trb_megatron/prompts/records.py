@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from trb_megatron.escapes import find_left_over
 from trb_megatron.prompts.columns import ROW_OPTIONS, find_value, missing_column
+from trb_megatron.prompts.floats import UnclearNumber
 from trb_megatron.prompts.messages import parse_prompt, parse_text
 from trb_megatron.prompts.readers import parse_json
 
@@ -143,6 +144,11 @@ def _parse_answer(value: Any, location: str) -> str:
         raise ValueError(
             f"{location} holds {value}, which is no answer (often a missing value); write the "
             "answer, or leave the row out"
+        )
+    if isinstance(value, UnclearNumber):
+        raise ValueError(
+            f"{location} holds {value.exact:.0f} in {value.bits} bits, which are those of "
+            f"{value.shortest:.0f}, too; store the column as whole numbers, in 64 bits or as text"
         )
     if isinstance(value, bool):
         raise ValueError(
