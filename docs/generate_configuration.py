@@ -37,8 +37,10 @@ With this page you can look up every option: its type, its default, and what it 
 A configuration is one YAML file, such as
 [`launch/configs/qwen3_1.7b_from_8b.yaml`](../launch/configs/qwen3_1.7b_from_8b.yaml), plus
 `section.key=value` overrides on the command line. Overrides are applied in order, and their
-values have YAML syntax: `data.system_prompt=null`, `evaluation.pass_at=[1,4]`. Only `run.dir`,
-`student.path`, `data.path` and, for distillation, `teacher.path` have no default. An
+values have YAML syntax: `data.system_prompt=null`, `evaluation.pass_at=[1,4]`. What YAML would
+leave out of an override is refused: ` #` and what follows, an anchor, a line break. Put such text
+in quotes inside those of the shell: `"data.system_prompt='End with #### and the answer.'"`. Only
+`run.dir`, `student.path`, `data.path` and, for distillation, `teacher.path` have no default. An
 [evaluation](evaluation.md#of-a-checkpoint) needs `student.path` and `evaluation.sets` alone.
 
 - YAML is plain YAML 1.2 without tags: `yes`, dates and `0x1F` are text, `010` is ten.

@@ -496,9 +496,16 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="answers-no-part-of-the-datas-fingerprint",
         claim="a run is resumed on its own prompts only",
-        old="record = [prompt.token_ids, prompt.answer, prompt.response_ids]",
-        new="record = [prompt.token_ids, prompt.response_ids]",
+        old="record: list[Any] = [prompt.token_ids, prompt.answer, prompt.response_ids]",
+        new="record: list[Any] = [prompt.token_ids, prompt.response_ids]",
         tests=("test_prompts.py::test_fingerprint_depends_on_everything_that_is_used",),
+    ),
+    Mutant(
+        name="long-problems-no-part-of-the-datas-fingerprint",
+        claim="a run is resumed on its own prompts only",
+        old="for prompt in sorted((*prompts, *too_long),",
+        new="for prompt in sorted(prompts,",
+        tests=("test_prompts.py::test_fingerprint_knows_prompts_that_are_too_long",),
     ),
     Mutant(
         name="folder-renamed-before-its-files-are-on-the-disk",
@@ -610,9 +617,16 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="long-decimals-taken-for-64-bits",
         claim="numbers as answers are exact and have no exponent",
-        old="return Decimal(str(np.float32(value)))",
-        new="return number",
+        old="shortest = float(str(narrow(value)))",
+        new="shortest = float(value)",
         tests=("test_answers.py::test_numbers_of_columns_have_the_fewest_digits",),
+    ),
+    Mutant(
+        name="spelled-list-taken-for-one-answer",
+        claim="numbers as answers are exact and have no exponent",
+        old="not isinstance(value, str) or not _SPELLED_LIST.fullmatch(value)",
+        new="True",
+        tests=("test_answers.py::test_list_of_answers_may_be_spelled_in_json",),
     ),
     Mutant(
         name="form-feeds-pass",
@@ -627,6 +641,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="if found := find_control(text):",
         new="if found := None:",
         tests=("test_config.py::test_broken_yaml_is_named_by_file_and_line",),
+    ),
+    Mutant(
+        name="comment-cut-off-an-override",
+        claim="the text of an override is read whole or refused",
+        old='"a comment" if "#" in head else',
+        new='"a comment" if "###" in head else',
+        tests=("test_config.py::test_text_of_an_override_is_the_value_or_refused",),
     ),
     Mutant(
         name="some-answers-taken-for-none",
@@ -664,6 +685,20 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_files.py::test_folder_is_read_as_load_dataset_would",),
     ),
     Mutant(
+        name="part-of-a-folder-read-as-the-whole",
+        claim="a folder of prompts is read as `datasets.load_dataset` reads it",
+        old="if absent := sorted(set(whole) - numbers):",
+        new="if absent := sorted(numbers - set(whole)):",
+        tests=("test_files.py::test_folder_is_read_as_load_dataset_would",),
+    ),
+    Mutant(
+        name="pattern-without-a-file-passed-over",
+        claim="a folder of prompts is read as `datasets.load_dataset` reads it",
+        old="if not found:\n            return _Split",
+        new="if not files and not found:\n            return _Split",
+        tests=("test_files.py::test_all_that_the_readme_names_is_there",),
+    ),
+    Mutant(
         name="last-of-two-equal-keys-wins",
         claim="text of any compression and format means the same",
         old="if len(values) < len(pairs):",
@@ -678,6 +713,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_contents.py::test_what_is_no_number_is_no_answer",),
     ),
     Mutant(
+        name="column-of-64-bits-read-as-one-of-32",
+        claim="numbers as answers are exact and have no exponent",
+        old="pyarrow.float32(): np.float32,",
+        new="pyarrow.float32(): np.float32, pyarrow.float64(): np.float32,",
+        tests=("test_answers.py::test_floats_are_those_of_their_column",),
+    ),
+    Mutant(
         name="class-label-left-a-number",
         claim="text of any compression and format means the same",
         old='if b"ClassLabel" not in content:',
@@ -690,6 +732,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="if name in row:\n        return row[name]",
         new='if name in row and "." not in name:\n        return row[name]',
         tests=("test_contents.py::test_nested_columns_are_named_with_dots",),
+    ),
+    Mutant(
+        name="missing-value-of-csv-is-an-answer",
+        claim="text of any compression and format means the same",
+        old="_refuse_missing_words(row, columns, location)",
+        new="",
+        tests=("test_contents.py::test_words_for_missing_values_are_refused_in_csv",),
     ),
     Mutant(
         name="empty-cell-is-empty-text",
@@ -708,8 +757,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="messages-in-json-taken-for-text",
         claim="a conversation that ends with its solution is refused",
-        old="if isinstance(value, str) and _SPELLED_MESSAGES.match(value):",
-        new="if isinstance(value, str) and _SPELLED_MESSAGES.fullmatch(value):",
+        old="if isinstance(value, str) and _spells_messages(value):",
+        new="if isinstance(value, str) and _BEGINS_WITH_MESSAGE.match(value):",
         tests=("test_conversations.py::test_conversation_is_read_as_its_owner_means_it",),
     ),
     Mutant(
@@ -720,11 +769,25 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_conversations.py::test_template_that_leaves_out_our_instruction_is_refused",),
     ),
     Mutant(
+        name="thinking-of-an-earlier-answer-taken-for-the-answer",
+        claim="a conversation that ends with its solution is refused",
+        old="""{_MORE}"}""",
+        new="""{message['content']}"}""",
+        tests=("test_conversations.py::test_template_may_cut_the_thinking_of_earlier_answers",),
+    ),
+    Mutant(
         name="options-of-the-template-not-passed-on",
         claim="a conversation that ends with its solution is refused",
         old="**self._options,",
         new="",
         tests=("test_conversations.py::test_options_of_a_template",),
+    ),
+    Mutant(
+        name="option-that-the-template-never-reads-accepted",
+        claim="a conversation that ends with its solution is refused",
+        old="if name not in known:",
+        new="if name not in template:",
+        tests=("test_conversations.py::test_options_are_the_variables_that_a_template_reads",),
     ),
     Mutant(
         name="start-report-names-no-split",

@@ -1,5 +1,6 @@
 """The configuration: reading, overriding, refusing, writing back."""
 
+import random
 import re
 import subprocess
 from pathlib import Path
@@ -197,6 +198,79 @@ def test_missing_file_and_empty_file(tmp_path: Path) -> None:
 def test_broken_override_is_named(minimal: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(minimal, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("End with #### and it.", r"line 1: '#### and it\.' is a comment .* in quotes, inside"),
+        ("a\n # b", "line 2: '# b' is a comment"),
+        ("# all", "line 1: '# all' is a comment"),
+        ("'quoted' # b", "is a comment"),
+        ("| # b\n a", "is a comment"),
+        ("> # b", "is a comment"),
+        ("&a x", "line 1: '&a x' is an anchor"),
+        ("--- x", "'--- x' is the start of a document"),
+        ("x\n...", r"'\.\.\.' is the end of a document"),
+        ("%YAML 1.1\n--- x", r"line 1: '%YAML 1\.1.* is a directive"),
+        (
+            "one\ntwo",
+            r"line 1: a line break is a blank in YAML; write it as \\n in .* double quotes",
+        ),
+        ("'one\ntwo'", "a line break is a blank"),
+        ('"one\n\ntwo"', "a line break is a blank"),
+        ("!x y", "the tag !x is not supported"),
+        ("Solve: x", "system_prompt: input should be a valid string; put quotes around text"),
+        ("- x", "put quotes around text"),
+        ("007", "put quotes around text"),
+    ],
+)
+def test_text_that_an_override_would_lose_is_refused(minimal: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(minimal, [f"data.system_prompt={text}"])
+
+
+def test_text_of_an_override_is_the_value_or_refused(minimal: Path) -> None:
+    """Whatever words it has; quotes and the words for null keep their meaning."""
+    parts = (
+        "a",
+        "# b",
+        "#",
+        " ",
+        "  ",
+        "\n",
+        ": ",
+        "&c",
+        "*",
+        "- ",
+        "{",
+        "]",
+        "'",
+        '"',
+        "\\n",
+        "|",
+    )
+    parts += ("...", "---", "%", "?", "!", "~", "null", "\t", "\r", "\u2028", ">", "@", "`", ",")
+    source = random.Random(3)
+    num_read = 0
+    for _ in range(1500):
+        text = "".join(source.choices(parts, k=source.randint(1, 5)))
+        try:
+            value = load_config(minimal, [f"data.system_prompt={text}"]).data.system_prompt
+        except ConfigError:
+            continue
+        if value is None:
+            assert text.strip() in ("", "~", "null"), repr(text)
+        elif not text.lstrip().startswith(("'", '"', "|", ">")):
+            assert value == text.strip(), repr(text)
+            num_read += 1
+    assert num_read > 200
+    quoted = "data.system_prompt='End with #### & it: [x].'"
+    assert load_config(minimal, [quoted]).data.system_prompt == "End with #### & it: [x]."
+    several_lines = "evaluation.sets=\n  a:\n    path: a.jsonl\n  b: {path: b.jsonl,\n    limit: 3}"
+    assert load_config(minimal, [several_lines]).evaluation.sets["b"].limit == 3
+    block = "data.system_prompt=|\n  one # two\n  three\n"
+    assert load_config(minimal, [block]).data.system_prompt == "one # two\nthree\n"
 
 
 @pytest.mark.parametrize(

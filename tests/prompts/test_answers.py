@@ -1,6 +1,8 @@
 """Answers that are numbers, and texts whose backslashes were lost on the way."""
 
+import csv
 import json
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -8,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -33,7 +36,9 @@ Load = Callable[..., PromptSet]
 def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Load:
     """Load a file, or the text of a JSON Lines file."""
 
-    def read(source: Path | str, system_prompt: str | None = None) -> PromptSet:
+    def read(
+        source: Path | str, system_prompt: str | None = None, answer: str = "answer"
+    ) -> PromptSet:
         if isinstance(source, str):
             (tmp_path / "p.jsonl").write_text(source)
             source = tmp_path / "p.jsonl"
@@ -41,7 +46,7 @@ def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Load:
             PromptSource(
                 path=source,
                 format="auto",
-                columns=Columns("prompt", "answer", None),
+                columns=Columns("prompt", answer, None),
                 system_prompt=system_prompt,
                 apply_chat_template=True,
                 max_prompt_tokens=500,
@@ -96,8 +101,9 @@ def test_json_numbers_keep_their_value_and_have_no_exponent(load: Load) -> None:
 
 def test_numbers_of_columns_have_the_fewest_digits(load: Load, tmp_path: Path) -> None:
     columns = {
-        "float64": ([0.00001, 0.1, 1e22, 1234567.125, 0.1 + 0.2], pyarrow.float64()),
-        "float32": ([0.00001, 0.1, 16777216.0, 3.4e38, 4194304.5], pyarrow.float32()),
+        "float64": ([0.00001, 0.1, 1e22, 1234567.125, 0.1 + 0.2, 2.0**50], pyarrow.float64()),
+        "float16": ([0.1, 3.0], pyarrow.float16()),
+        "float32": ([0.00001, 0.1, 16777216.0, 1e10, 4194304.5], pyarrow.float32()),
         "decimal": ([Decimal("0.00001"), Decimal("14.00"), Decimal(7)], pyarrow.decimal128(20, 5)),
         "int64": ([9007199254740993, -1], pyarrow.int64()),
         "lists": ([[0.00001, 0.5]], pyarrow.list_(pyarrow.float32())),
@@ -112,18 +118,144 @@ def test_numbers_of_columns_have_the_fewest_digits(load: Load, tmp_path: Path) -
         pyarrow.parquet.write_table(pyarrow.table(table), path)
         answers[name] = [a for prompt in load(path).prompts for a in prompt.answer or ()]
     assert answers == {
-        "float64": ["0.00001", "0.1", "1" + "0" * 22, "1234567.125", "0.30000000000000004"],
-        "float32": ["0.00001", "0.1", "16777216.0", "34" + "0" * 37, "4194304.5"],
+        "float64": [
+            *("0.00001", "0.1", "1" + "0" * 22, "1234567.125", "0.30000000000000004"),
+            "1125899906842624.0",
+        ],
+        "float16": ["0.1", "3.0"],
+        "float32": ["0.00001", "0.1", "16777216.0", "10000000000.0", "4194304.5"],
         "decimal": ["0.00001", "14.00000", "7.00000"],
         "int64": ["9007199254740993", "-1"],
         "lists": ["0.00001", "0.5"],
     }
-    values = np.random.default_rng(1).standard_normal(300).astype(np.float32) * np.float32(1e-3)
-    table = {"prompt": ["p"] * 300, "answer": pyarrow.array(values)}
-    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "many.parquet")
-    found = [a for prompt in load(tmp_path / "many.parquet").prompts for a in prompt.answer or ()]
-    assert [np.float32(a) for a in found] == list(values)
-    assert max(len(a.strip("-0.")) for a in found) < 15
+
+
+FLOATS: dict[str, type[np.floating[Any]]] = {
+    "halffloat": np.float16,
+    "float": np.float32,
+    "double": np.float64,
+}
+PLACES: dict[str, tuple[Callable[[pyarrow.DataType], pyarrow.DataType], Callable[[float], Any]]] = {
+    "answer": (lambda kind: kind, lambda value: value),
+    "list": (pyarrow.list_, lambda value: [value]),
+    "pair": (lambda kind: pyarrow.list_(kind, 2), lambda value: [value, 0.5]),
+    "info.answer": (lambda kind: pyarrow.struct([("answer", kind)]), lambda v: {"answer": v}),
+    "several.x": (
+        lambda kind: pyarrow.struct([("x", pyarrow.list_(kind))]),
+        lambda value: {"x": [value]},
+    ),
+}
+
+
+@pytest.mark.parametrize("format", ["parquet", "hf"])
+@pytest.mark.parametrize("width", FLOATS)
+def test_floats_are_those_of_their_column(
+    load: Load, tmp_path: Path, width: str, format: str
+) -> None:
+    """Its bits give the number back, at any depth, and no digit of it can be left out."""
+    number = FLOATS[width]
+    random = np.random.default_rng(1)
+    powers = [2.0**power for power in range(-12, 13)]
+    if width != "halffloat":
+        powers += [2.0**power for power in range(-120, 121 if width == "double" else 27)]
+    drawn = [*random.standard_normal(60), *(random.standard_normal(60) * 1e-3), 0.1, 1 / 3]
+    values = [float(number(value)) for value in [*powers, *drawn]]
+    for place, (type_of, wrap) in PLACES.items():
+        column = pyarrow.array(list(map(wrap, values)), type_of(pyarrow.type_for_alias(width)))
+        table = pyarrow.table({"prompt": ["p"] * len(values), place.partition(".")[0]: column})
+        path = tmp_path / f"{place}.{format}"
+        if format == "hf":
+            datasets.Dataset(table).save_to_disk(str(path))
+        else:
+            pyarrow.parquet.write_table(table, path)
+        found = [(prompt.answer or ("",))[0] for prompt in load(path, answer=place).prompts]
+        assert [number(answer) for answer in found] == values
+        assert [float(answer) for answer in found] == [float(str(number(v))) for v in values]
+        assert [float(answer) for answer, v in zip(found, values, strict=True) if v % 1 == 0] == [
+            v for v in values if v % 1 == 0
+        ]
+
+
+@pytest.mark.parametrize(
+    ("width", "value", "shortest"),
+    [
+        ("float", 2.0**30, "1073741800"),
+        ("float", float(np.float32(1e11)), "100000000000"),
+        ("halffloat", 65504.0, "65500"),
+    ],
+)
+def test_whole_number_that_its_bits_cannot_tell_is_refused(
+    load: Load, tmp_path: Path, width: str, value: float, shortest: str
+) -> None:
+    kind = pyarrow.type_for_alias(width)
+    infos = pyarrow.struct([("answer", pyarrow.string()), ("other", kind)])
+    table = pyarrow.table(
+        {
+            "prompt": ["p", "q"],
+            "answer": pyarrow.array([1.0, value], kind),
+            "info": pyarrow.array([{"answer": "1", "other": value}] * 2, infos),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    bits = {"float": 32, "halffloat": 16}[width]
+    message = rf"p\.parquet, row 2: column 'answer' holds {value:.0f} in {bits} bits, which are .*"
+    with pytest.raises(ValueError, match=rf"{message} of {shortest}, too; store the column as who"):
+        load(tmp_path / "p.parquet")
+    assert len(load(tmp_path / "p.parquet", answer="info.answer").prompts) == 2
+
+
+# Texts, and the answers that they are.
+SPELLED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ('["5", "five"]', ("5", "five")),
+    (' [\n "5"\n] ', ("5",)),
+    ('["\\\\frac{1}{2}"]', (r"\frac{1}{2}",)),
+    ('["5", 5.50, 1e3]', ("5", "5.50", "1000")),
+    ('[5, "five"]', ("5", "five")),
+    ('["so #### 7"]', ("7",)),
+    ('["[\\"a\\"]"]', ('["a"]',)),
+    ("[1, 2]", ("[1, 2]",)),
+    ("[[1, 2], [3, 4]]", ("[[1, 2], [3, 4]]",)),
+    ("[x, y)", ("[x, y)",)),
+    ("[f'(x), 2]", ("[f'(x), 2]",)),
+    ('["a", "b"', ('["a", "b"',)),
+    ('"5"', ('"5"',)),
+    ('{"a": "b"}', ('{"a": "b"}',)),
+)
+
+
+@pytest.mark.parametrize(("text", "answers"), SPELLED)
+def test_list_of_answers_may_be_spelled_in_json(
+    load: Load, tmp_path: Path, text: str, answers: tuple[str, ...]
+) -> None:
+    with (tmp_path / "p.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "answer"], ["p", text]])
+    for source in (json.dumps({"prompt": "p", "answer": text}) + "\n", tmp_path / "p.csv"):
+        (prompt,) = load(source).prompts
+        assert prompt.answer == answers
+    (prompt,) = load(json.dumps({"prompt": "p", "answer": [text]})).prompts
+    assert prompt.answer == (text.rpartition("####")[2].strip() or text,)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("['5', 'five']", 'looks like a list of answers, but is: broken JSON.* ["5", "five"], or'),
+        (r'["\sqrt{2}"]', "looks like a list of answers, but is: broken JSON"),
+        (r'["\frac{1}{2}"]', "holds a form feed, which is what an unescaped"),
+        ('["a"] or ["b"]', "broken JSON at column 7: .* put a text that is the answer as it st"),
+        ('["5", true]', "holds a boolean"),
+        ('[["a"], ["b"]]', "holds list, not text"),
+        ('["5", ""]', "is empty"),
+        ("[]", "is an empty list of answers; fill it in"),
+        ("[ ]", "is an empty list of answers"),
+    ],
+)
+def test_text_that_is_nearly_a_list_of_answers_is_refused(
+    load: Load, text: str, complaint: str
+) -> None:
+    place = re.escape("p.jsonl:2: column 'answer'") + ".*"
+    with pytest.raises(ValueError, match=place + complaint.replace("[", r"\[")):
+        load("".join(json.dumps({"prompt": "p", "answer": a}) + "\n" for a in ("1", text)))
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,31 @@ def test_csv_is_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None
     assert len(load(path, tokenizer, max_prompt_tokens=10**6).prompts) == 1
 
 
+MISSING_WORDS = (
+    *("nan", "-nan", "NaN", "-NaN", "NA", "<NA>", "N/A", "n/a", "#NA", "#N/A", "null", "NULL"),
+    *("None", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN", "#N/A N/A"),
+)
+
+
+def test_words_for_missing_values_are_refused_in_csv(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """`load_dataset` reads them as null."""
+    content = "prompt,answer\n" + "".join(f'{w},"{w}"\n' for w in MISSING_WORDS) + "b,4\n"
+    source = row_of(tmp_path / "all.csv", content)
+    read = datasets.load_dataset("csv", data_files=str(source), cache_dir=str(tmp_path / "cache"))
+    assert {value for row in read["train"].to_list()[:-1] for value in row.values()} == {None}
+    for word in (*MISSING_WORDS, " nan "):
+        for name, cells in (("answer", f'a,"{word}"'), ("prompt", f'"{word}",4')):
+            source = row_of(tmp_path / "p.csv", f"prompt,answer,x\nb,1,None\n{cells},2\n")
+            message = rf"p\.csv:3: column '{name}' holds '{word}', .* missing value; .* JSON Lines"
+            with pytest.raises(ValueError, match=message):
+                load(source, tokenizer, needs_answers=False)
+    rows = [{"prompt": "p", "answer": "None"}]
+    (prompt,) = load(write_jsonl(tmp_path / "p.jsonl", rows), tokenizer).prompts
+    assert prompt.answer == ("None",)
+
+
 # A file's name and content, and what is said of it.
 BROKEN: tuple[tuple[str, str | bytes, str], ...] = (
     ("p.csv", "prompt,answer\na,1\n\nb\n", r"p\.csv:4: 1 cells, but the first line names 2"),
@@ -269,6 +294,18 @@ def test_number_without_a_label_is_refused(
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
     with pytest.raises(ValueError, match=rf"p\.parquet, row 1: {message}"):
         load(tmp_path / "p.parquet", tokenizer)
+
+
+@pytest.mark.parametrize("format", ["numpy", "torch", "pandas", "arrow"])
+@pytest.mark.parametrize("columns", [None, ["answer"]])
+def test_format_of_a_saved_dataset_changes_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, format: str, columns: list[str] | None
+) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "19+23"}], "answer": [i, i]} for i in range(2)]
+    expected = load(write_jsonl(tmp_path / "p.jsonl", rows), tokenizer)
+    dataset = datasets.Dataset.from_list(rows).with_format(format, columns=columns)
+    dataset.save_to_disk(str(tmp_path / "hf"))
+    assert load(tmp_path / "hf", tokenizer) == expected
 
 
 def test_categories_of_pandas_are_their_values(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.prompts.sources import load, write_jsonl
 from trb_megatron.huggingface.tokenizer import load_tokenizer
 from trb_megatron.prompts.order import PromptOrder
+from trb_megatron.prompts.source import PromptSet
 
 ROWS = [
     {"prompt": "what is the sum of 1 and 2?", "answer": "3", "text": "the answer is 3"},
@@ -125,7 +126,7 @@ def test_limit_counts_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
 def test_formats_agree_and_so_do_their_fingerprints(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    rows = [{**row, "answer": str(row["answer"])} for row in ROWS]
+    rows = [{**row, "answer": str(number)} for number, row in enumerate(ROWS)]
     jsonl = write_jsonl(tmp_path / "p.jsonl", rows)
     (tmp_path / "p.json").write_text(json.dumps(rows, indent=2))
     folder = tmp_path / "parquet"
@@ -154,6 +155,27 @@ def test_fingerprint_depends_on_everything_that_is_used(
         fingerprint(ROWS, system_prompt="think"),
     }
     assert len(fingerprints) == 5
+
+
+def test_fingerprint_knows_prompts_that_are_too_long(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def load_rows(rows: list[Any], most: int = 20) -> PromptSet:
+        return load(write_jsonl(tmp_path / "p.jsonl", rows), tokenizer, max_prompt_tokens=most)
+
+    short = [{"prompt": "p", "answer": "1"}, {"prompt": "q", "answer": "2"}]
+    long = {"prompt": "a b c " * 50, "answer": "3"}
+    sets = [
+        load_rows(short),
+        load_rows([*short, long]),
+        load_rows([long, *short]),
+        load_rows([*short, long, long]),
+        load_rows([*short, {**long, "answer": "4"}]),
+        load_rows([*short, {**long, "prompt": "a c b " * 50}]),
+        load_rows([*short, long], most=500),
+    ]
+    assert [len(loaded.prompts) for loaded in sets] == [2, 2, 2, 2, 2, 2, 3]
+    assert len({loaded.fingerprint for loaded in sets}) == 7
 
 
 def test_format_can_be_set(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -52,6 +52,52 @@ def parse_yaml(text: str) -> Any:
         raise BrokenYAML(f"{line}: broken YAML: {error.reason}") from None
 
 
+def parse_value(text: str) -> Any:
+    """Read a value outside a file, as `parse_yaml` does, where nothing of its text may be lost.
+
+    Raises BrokenYAML, also for what means something in a file alone: a comment, an anchor, the mark
+    of a document, and a line break, of which YAML makes a blank.
+    """
+    value = parse_yaml(text)
+    if (lost := _find_lost(text)) is not None:
+        position, problem = lost
+        line = text[:position].count("\n") + 1
+        raise BrokenYAML(f"{line}: {problem}")
+    return value
+
+
+_LOST_TOKENS = {
+    yaml.AnchorToken: "an anchor",
+    yaml.DirectiveToken: "a directive",
+    yaml.DocumentStartToken: "the start of a document",
+    yaml.DocumentEndToken: "the end of a document",
+}
+
+
+def _find_lost(text: str) -> tuple[int, str] | None:
+    """Where a text that YAML can read has something that its value has not, and the fix."""
+    end = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        start = token.start_mark.index
+        is_scalar = isinstance(token, yaml.ScalarToken)
+        is_block = is_scalar and token.style in ("|", ">")
+        head = text[end:start] + (text[start:].partition("\n")[0] if is_block else "")
+        what = "a comment" if "#" in head else _LOST_TOKENS.get(type(token))
+        if what is not None:
+            at = end + head.index("#") if "#" in head else start
+            shown = text[at : at + 20]
+            return at, (
+                f"{shown!r} is {what} in YAML, and would be left out; put the value in quotes, "
+                "inside those of the shell"
+            )
+        if is_scalar and not is_block and token.start_mark.line != token.end_mark.line:
+            return start, (
+                "a line break is a blank in YAML; write it as \\n in a value in double quotes"
+            )
+        end = max(end, token.end_mark.index)
+    return None
+
+
 def dump_yaml(values: dict[str, Any]) -> str:
     """Write plain values, in their order, so that `parse_yaml` reads them back equal."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

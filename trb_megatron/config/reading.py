@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from trb_megatron.atomic_folder import write_file
 from trb_megatron.config.conflicts import find_conflicts
 from trb_megatron.config.options import Config, JobConfig
-from trb_megatron.config.plain_yaml import BrokenYAML, dump_yaml, parse_yaml
+from trb_megatron.config.plain_yaml import BrokenYAML, dump_yaml, parse_value, parse_yaml
 from trb_megatron.config.values import ConfigError
 
 
@@ -137,7 +137,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"override {shown}: write it as section.key=value")
     try:
-        value = parse_yaml(text)
+        value = parse_value(text)
     except BrokenYAML as error:
         raise ConfigError(f"override {shown}: the value's line {error}") from None
     section = values
@@ -172,6 +172,8 @@ def _describe(detail: Any) -> str:
     if detail["type"] == "model_type":
         return f"{key}: expected a section with keys (now {_shorten.repr(detail['input'])})"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "string_type":
+        message += "; put quotes around text"
     return f"{key}: {message[0].lower()}{message[1:]} (now {_shorten.repr(detail['input'])})"
 
 

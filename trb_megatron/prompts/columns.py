@@ -5,6 +5,9 @@ from typing import Any
 
 _MOST_NAMES = 30
 
+ROW_OPTIONS = ("tools", "chat_template_kwargs")
+"""Columns with which TRL renders the prompt of a row. Here they are noticed, not used."""
+
 
 def find_value(row: Mapping[str, Any], name: str) -> Any:
     """The value of a column, such as `answer` or `reward_model.ground_truth`; None: it has none.

@@ -5,13 +5,14 @@ https://huggingface.co/docs/datasets/repository_structure
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from trb_megatron.prompts.dataset_card import CARD_FILE, read_card
+from trb_megatron.prompts.readers import parse_json
 
 SUFFIXES = {
     "jsonl": (".jsonl", ".json", ".ndjson"),
@@ -25,9 +26,11 @@ _READABLE = (
     f"{', '.join([*SUFFIXES['jsonl'], *SUFFIXES['csv']])} (also with {' or '.join(COMPRESSIONS)} "
     f"behind it) and {SUFFIXES['parquet'][0]}"
 )
+_SAVED_SPLITS = "dataset_dict.json"
 # They describe a dataset and hold no rows of it.
 _DESCRIPTIONS = {
-    *("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"),
+    *(CARD_FILE, _SAVED_SPLITS, "config.json", "dataset_info.json", "dataset_infos.json"),
+    "state.json",
 }
 _SPLIT_WORDS = {
     "train": "train|training",
@@ -35,6 +38,7 @@ _SPLIT_WORDS = {
     "test": "test|testing|eval|evaluation",
 }
 _SHARD = re.compile(r"data/(?P<split>[^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?!\d)[^/]*")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class SourceFiles:
         format: a key of `SUFFIXES`, or "hf" for a dataset that was saved to disk.
         split: the split of a folder that is read; None where the source is a file or one dataset.
         splits: all that the folder has.
-        unread: files of rows that belong to no split, as `load_dataset` passes over them.
+        unread: files of no split, or without rows, as `load_dataset` passes over them.
     """
 
     files: tuple[Path, ...]
@@ -84,20 +88,51 @@ def find_files(
         if format == "auto":
             format = "hf" if is_dataset else _format_of_file(path, section)
         return SourceFiles((path,), format)
-    saved = {folder.parent.name: [folder.parent] for folder in sorted(path.glob("*/state.json"))}
-    if format == "hf" or (format == "auto" and saved):
-        if not saved:
+    unread: list[Path] = []
+    splits = _saved_splits(path) if format in ("auto", "hf") else {}
+    if is_saved := format == "hf" or bool(splits):
+        if not splits:
             raise ValueError(f"{path}: cannot be read as a dataset folder: it has no state.json")
-        found, splits, unread = "hf", saved, []
     else:
-        files = _files_of_rows(path, format)
-        splits = _declared_splits(path, files) or _splits_by_name(path, files)
-        in_splits = {file for files_ in splits.values() for file in files_}
-        found, unread = format, [file for file in files if file not in in_splits]
+        visible = _visible_files(path)
+        splits = _splits_of_files(path, visible, format)
+        in_splits = {file for split_ in splits.values() for file in split_.files}
+        unread = [file for file in visible if file not in in_splits]
     chosen = _choose_split(path, splits, split, default_split, section)
-    if found != "hf":
-        found = _common_format(path, chosen, splits, section)
-    return SourceFiles(tuple(splits[chosen]), found, chosen, tuple(splits), tuple(unread))
+    _refuse_missing(path, chosen, splits[chosen], section)
+    found = "hf" if is_saved else _common_format(path, chosen, splits[chosen].files, section)
+    return SourceFiles(tuple(splits[chosen].files), found, chosen, tuple(splits), tuple(unread))
+
+
+class _Split(NamedTuple):
+    """The files of a split.
+
+    Attributes:
+        files: in the order in which they are read.
+        listed: those that a description of the dataset names one by one.
+        missing: which description names what, of which there is no file; None: all is there.
+    """
+
+    files: Sequence[Path]
+    listed: frozenset[Path] = frozenset()
+    missing: str | None = None
+
+
+def _saved_splits(path: Path) -> dict[str, _Split]:
+    """The splits of a dataset that was saved to disk; of none, where it is something else."""
+    description = path / _SAVED_SPLITS
+    if not description.is_file():
+        return {f.parent.name: _Split([f.parent]) for f in sorted(path.glob("*/state.json"))}
+    values = parse_json(description.read_text("utf-8"), str(description))
+    names = values.get("splits") if isinstance(values, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{description}: has no list of splits; save the dataset again")
+    return {
+        name: _Split([path / name])
+        if (path / name / "state.json").is_file()
+        else _Split([], missing=f"{_SAVED_SPLITS} names the split {name}")
+        for name in names
+    }
 
 
 def _split_name(file: Path) -> tuple[str | None, str]:
@@ -121,24 +156,65 @@ def _format_of_file(path: Path, section: str) -> str:
     return format
 
 
-def _files_of_rows(path: Path, format: str) -> list[Path]:
-    """The files of a folder, at any depth, that can hold rows; sorted by path."""
+def _holds_rows(file: Path, format: str) -> bool:
+    """Whether `load_dataset` takes a file for rows of a format: by any part of its name's end."""
+    found, _ = _split_name(file)
+    if found is not None:
+        return format in ("auto", found)
+    names = {name for key in SUFFIXES if format in ("auto", key) for name in SUFFIXES[key]}
+    return any(suffix.lower() in names for suffix in file.suffixes)
+
+
+def _visible_files(path: Path) -> list[Path]:
+    """The files of a folder, at any depth, that do not describe it; sorted by path."""
 
     def is_visible(file: Path) -> bool:
         *folders, name = file.relative_to(path).parts
         is_hidden = any(part.startswith((".", "__")) for part in folders) or name.startswith(".")
         return not is_hidden and name not in _DESCRIPTIONS
 
-    formats = set(SUFFIXES) if format == "auto" else {format}
-    files = [f for f in sorted(path.rglob("*")) if is_visible(f) and _split_name(f)[0] in formats]
-    files = [file for file in files if file.is_file()]
-    if not files:
+    return [file for file in sorted(path.rglob("*")) if is_visible(file) and file.is_file()]
+
+
+def _splits_of_files(path: Path, visible: Sequence[Path], format: str) -> dict[str, _Split]:
+    """The splits of a folder that its README.md declares; else those that names tell."""
+    rows = [file for file in visible if _holds_rows(file, format)]
+    if not rows:
         kind = "" if format == "auto" else f"{format} "
         raise ValueError(f"{path}: the folder holds no {kind}files; those read end in {_READABLE}")
-    return files
+    declared = read_card(path)
+    if declared is None:
+        return _splits_by_name(path, rows)
+    base = path / declared.data_dir
+    if declared.patterns is None:
+        if inside := [file for file in rows if file.is_relative_to(base)]:
+            return _splits_by_name(base, inside)
+        return {"train": _Split([], missing=f"{CARD_FILE} names the folder {declared.data_dir}")}
+    return {
+        split: _matching_files(base, patterns, visible, format)
+        for split, patterns in declared.patterns.items()
+    }
 
 
-def _splits_by_name(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+def _matching_files(
+    base: Path, patterns: Iterable[str], visible: Sequence[Path], format: str
+) -> _Split:
+    """The files of patterns, in their order; of a pattern that matches rows, the rows alone."""
+    files: dict[Path, None] = {}
+    listed: set[Path] = set()
+    for pattern in patterns:
+        matches = set(base.glob(f"{pattern}/*" if pattern.endswith("**") else pattern))
+        found = [file for file in visible if file in matches]
+        if not found:
+            return _Split([], missing=f"{CARD_FILE} names {pattern}")
+        rows = [file for file in found if _holds_rows(file, format)]
+        rows = rows or [file for file in found if _split_name(file)[0] is None]
+        files |= dict.fromkeys(rows)
+        listed |= set() if has_magic(pattern) else set(rows)
+    return _Split(list(files), frozenset(listed))
+
+
+def _splits_by_name(path: Path, files: Sequence[Path]) -> dict[str, _Split]:
     """The splits that names of shards, else of folders, else of files tell; else all is train."""
     names = {file: file.relative_to(path) for file in files}
     shards: dict[str, list[Path]] = {}
@@ -146,116 +222,24 @@ def _splits_by_name(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
         if shard := _SHARD.fullmatch(name.as_posix()):
             shards.setdefault(shard["split"], []).append(file)
     if shards:
-        return shards
+        return {split: _Split(found) for split, found in shards.items()}
     for is_told_by in (lambda name: name.parts[:-1], lambda name: name.parts[-1:]):
         splits = {
             split: [f for f, name in names.items() if any(map(_has_word(words), is_told_by(name)))]
             for split, words in _SPLIT_WORDS.items()
         }
         if any(splits.values()):
-            return {split: found for split, found in splits.items() if found}
-    return {"train": list(files)}
+            return {split: _Split(found) for split, found in splits.items() if found}
+    return {"train": _Split(files)}
 
 
 def _has_word(words: str) -> Any:
     return re.compile(rf"(?:^|[-._ 0-9])(?:{words})(?:[-._ 0-9]|$)", re.IGNORECASE).search
 
 
-def _declared_splits(path: Path, files: Sequence[Path]) -> dict[str, list[Path]] | None:
-    """The splits that the `configs` at the top of a dataset's README.md declare, if any."""
-    readme = path / "README.md"
-    top = None
-    if readme.is_file():
-        top = re.match(r"---\s*\n(.*?\n)---", readme.read_text("utf-8", "replace"), re.DOTALL)
-    try:
-        description = yaml.safe_load(top[1]) if top else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{readme}: broken YAML at its top: {error}") from None
-    configs = description.get("configs") if isinstance(description, dict) else None
-    if not configs:
-        return None
-    try:
-        return _splits_of_configs(path, files, _CONFIGS.validate_python(configs))
-    except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        place = ".".join(map(str, ("configs", *wrong["loc"])))
-        reason = f"{place}: {wrong['msg']}"
-    except ValueError as error:
-        reason = str(error)
-    raise ValueError(
-        f"{readme}: its `configs` do not say which files to read ({reason}); name a file"
-    )
-
-
-class _DataFiles(BaseModel):
-    """The files of a split, as patterns."""
-
-    split: str
-    path: str | list[str]
-
-
-class _DataConfig(BaseModel):
-    """An entry of `configs`, as far as it decides which files are read."""
-
-    config_name: str
-    default: bool = False
-    data_dir: str = ""
-    data_files: str | list[str] | list[_DataFiles] | dict[str, str | list[str]] | None = None
-
-
-_CONFIGS = TypeAdapter(list[_DataConfig])
-
-
-def _splits_of_configs(
-    path: Path, files: Sequence[Path], configs: list[_DataConfig]
-) -> dict[str, list[Path]]:
-    by_name = {config.config_name: config for config in configs}
-    defaults = [
-        name
-        for name, config in by_name.items()
-        if len(by_name) == 1 or name == "default" or config.default
-    ]
-    if len(defaults) != 1:
-        raise ValueError(f"there are several: {', '.join(by_name)}")
-    config = by_name[defaults[0]]
-    base = path / config.data_dir
-    if config.data_files is None:
-        return _splits_by_name(base, [file for file in files if file.is_relative_to(base)])
-    splits: dict[str, list[Path]] = {}
-    for split, patterns in _patterns_by_split(config.data_files):
-        if absolute := [pattern for pattern in patterns if Path(pattern).is_absolute()]:
-            raise ValueError(f"{absolute[0]} is not in the folder")
-        matches = {match for pattern in patterns for match in base.glob(pattern)}
-        if found := [file for file in files if file in matches]:
-            splits[split] = found
-    if not splits:
-        raise ValueError("the files that they name are not there")
-    return splits
-
-
-def _patterns_by_split(
-    data_files: str | list[str] | list[_DataFiles] | dict[str, str | list[str]],
-) -> Iterator[tuple[str, list[str]]]:
-    """Every spelling of `data_files` as splits and their patterns."""
-    if isinstance(data_files, str):
-        data_files = [data_files]
-    entries = data_files.items() if isinstance(data_files, dict) else _entries(data_files)
-    for split, patterns in entries:
-        yield split, [patterns] if isinstance(patterns, str) else patterns
-
-
-def _entries(
-    data_files: list[str] | list[_DataFiles],
-) -> Iterator[tuple[str, str | list[str]]]:
-    names = [entry for entry in data_files if isinstance(entry, str)]
-    if names:
-        yield "train", names
-    yield from ((entry.split, entry.path) for entry in data_files if isinstance(entry, _DataFiles))
-
-
 def _choose_split(
     path: Path,
-    splits: Mapping[str, Sequence[Path]],
+    splits: Mapping[str, _Split],
     wanted: str | None,
     default: str | None,
     section: str,
@@ -269,8 +253,8 @@ def _choose_split(
             f"{path}: {has_it} {names}; choose a split by {section}.split, or name one of its "
             f"files in {section}.path"
         )
-    for other, files in splits.items():
-        both = set(files) & set(splits[chosen]) if other != chosen else set()
+    for other, (files, *_) in splits.items():
+        both = set(files) & set(splits[chosen].files) if other != chosen else set()
         if both:
             raise ValueError(
                 f"{min(both)}: belongs to the splits {chosen} and {other} by its name; rename it, "
@@ -279,11 +263,38 @@ def _choose_split(
     return chosen
 
 
-def _common_format(
-    path: Path, split: str, splits: Mapping[str, Sequence[Path]], section: str
-) -> str:
+def _refuse_missing(path: Path, name: str, split: _Split, section: str) -> None:
+    """Refuse a split of which files are missing that a description or their numbers tell of."""
+    fix = f"fetch what is missing, or name a file in {section}.path"
+    if split.missing is not None:
+        raise ValueError(f"{path}: {split.missing}, but it is not there; {fix}")
+    if not split.files:
+        raise ValueError(f"{path}: the split {name} has no files of this {section}.format; {fix}")
+    shards: dict[tuple[str, str], set[int]] = {}
+    for file in split.files:
+        match = _NUMBERED.fullmatch(file.relative_to(path).as_posix())
+        if match is not None and file not in split.listed:
+            shards.setdefault((match["stem"], match["total"]), set()).add(int(match["number"]))
+    for (stem, total), numbers in shards.items():
+        last = int(total)
+        whole = range(1, last + 1) if last in numbers else range(last)
+        if absent := sorted(set(whole) - numbers):
+            raise ValueError(
+                f"{path}: has {last - len(absent)} of {last} files {stem}-*-of-{total}; "
+                f"{stem}-{absent[0]:05d}-of-{total} is not there; {fix}"
+            )
+
+
+def _common_format(path: Path, split: str, files: Sequence[Path], section: str) -> str:
     """The format of all files of a split; they might hold the same rows in two formats."""
-    by_suffix = {_split_name(file)[1]: file for file in splits[split]}
+    for file in files:
+        if _split_name(file)[0] is None:
+            raise ValueError(
+                f"{file}: belongs to the split {split}, but its kind cannot be read; files that "
+                f"can be read end in {_READABLE}: convert or remove it, or name a file in "
+                f"{section}.path"
+            )
+    by_suffix = {_split_name(file)[1]: file for file in files}
     if len(by_suffix) > 1:
         raise ValueError(
             f"{path}: the split {split} has files of several kinds ({', '.join(by_suffix)}), which "

@@ -9,7 +9,10 @@ from trb_megatron.prompts.readers import parse_json
 ROLES = ("system", "developer", "user", "assistant")
 """Roles that a message may have. A template decides what it makes of them."""
 
-_SPELLED_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+# Text that begins with a message, whole or cut off; or is one JSON value with messages' keys in it.
+_BEGINS_WITH_MESSAGE = re.compile(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+_HOLDS_OBJECTS = re.compile(r"""\s*(\[\s*\{\s*['"].*\}\s*\]|\{\s*['"].*\})\s*""", re.DOTALL)
+_MESSAGE_KEY = re.compile(r"""[{,]\s*['"](role|content|from|value)['"]\s*:""")
 
 
 def parse_prompt(value: Any, location: str) -> str | list[dict[str, Any]]:
@@ -20,7 +23,7 @@ def parse_prompt(value: Any, location: str) -> str | list[dict[str, Any]]:
     Raises:
         ValueError: with the location: no text and no conversation that a user's message ends.
     """
-    if isinstance(value, str) and _SPELLED_MESSAGES.match(value):
+    if isinstance(value, str) and _spells_messages(value):
         value = parse_json(value, f"{location} looks like chat messages, but is")
     if isinstance(value, dict):
         raise ValueError(
@@ -40,6 +43,13 @@ def parse_prompt(value: Any, location: str) -> str | list[dict[str, Any]]:
             "out what comes behind the user's last message"
         )
     return messages
+
+
+def _spells_messages(text: str) -> bool:
+    if _BEGINS_WITH_MESSAGE.match(text):
+        return True
+    keys = set(_MESSAGE_KEY.findall(text)) if _HOLDS_OBJECTS.fullmatch(text) else set()
+    return keys >= {"role", "content"} or keys >= {"from", "value"}
 
 
 def parse_text(value: Any, location: str) -> str:

@@ -18,7 +18,13 @@ import pyarrow
 import pyarrow.parquet
 
 from trb_megatron.file_checks import GIT_LFS_HEAD, RepeatedKeyError, unique_keys
-from trb_megatron.prompts.columns import find_value, missing_column, outer_columns
+from trb_megatron.prompts.columns import (
+    ROW_OPTIONS,
+    find_value,
+    missing_column,
+    outer_columns,
+)
+from trb_megatron.prompts.floats import shorten_columns
 from trb_megatron.prompts.labels import declared_features, with_names
 
 
@@ -32,7 +38,7 @@ def read_rows(
             folder of a saved dataset.
         needed: columns that a file with a table of columns must have, and what to do where it has
             them not.
-        optional: columns to read as well, where they are.
+        optional: columns to read as well, where they are; so are those of `ROW_OPTIONS`.
     """
     readers = {
         "jsonl": _read_json,
@@ -171,7 +177,10 @@ def _json_errors(location: str) -> Iterator[None]:
 def _read_csv(
     path: Path, needed: Mapping[str, str], optional: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Rows of text; an empty cell is None. The first line names the columns."""
+    """Rows of text; an empty cell is None. The first line names the columns.
+
+    A word for a missing value is refused in the columns that are needed or optional.
+    """
     csv.field_size_limit(2**31 - 1)  # of the process; a prompt may be longer than 131,072 bytes
     is_tsv = ".tsv" in (suffix.lower() for suffix in path.suffixes)
     with _open(path) as file:
@@ -188,14 +197,36 @@ def _read_csv(
                 return
             if header is None:
                 header = cells
-                _choose_columns(path, needed, optional, dict.fromkeys(header, True), header)
+                skeleton = dict.fromkeys(header, True)
+                columns = _choose_columns(path, needed, optional, skeleton, header)
             elif cells:  # an empty line is no row
                 if len(cells) != len(header):
                     raise ValueError(
                         f"{location}: {len(cells)} cells, but the first line names {len(header)} "
                         "columns; put quotes around a cell with a delimiter or a line break"
                     )
-                yield location, dict(zip(header, (cell or None for cell in cells), strict=True))
+                row = dict(zip(header, (cell or None for cell in cells), strict=True))
+                _refuse_missing_words(row, columns, location)
+                yield location, row
+
+
+# pandas, and so `load_dataset`, reads them as null, in quotes, too.
+_MISSING_WORDS = {
+    *("nan", "-nan", "NaN", "-NaN", "NA", "<NA>", "N/A", "n/a", "#NA", "#N/A", "#N/A N/A"),
+    *("null", "NULL", "None", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
+}
+
+
+def _refuse_missing_words(
+    row: Mapping[str, str | None], columns: Sequence[str], location: str
+) -> None:
+    for column in columns:
+        if (row[column] or "").strip() in _MISSING_WORDS:
+            raise ValueError(
+                f"{location}: column {column!r} holds {row[column]!r}, which is how tables write a "
+                "missing value; fill it in, leave the row out, or write the rows as JSON Lines if "
+                "the word is meant"
+            )
 
 
 def _read_parquet(
@@ -206,10 +237,12 @@ def _read_parquet(
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             schema = table.schema_arrow
-            columns = _choose_columns(path, needed, optional, _skeleton(schema), schema.names)
+            columns = _choose_columns(
+                path, needed, (*optional, *ROW_OPTIONS), _skeleton(schema), schema.names
+            )
             batches = table.iter_batches(columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from _named_rows(path, rows, schema)
+            yield from _meant_rows(path, rows, schema)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
 
@@ -227,17 +260,23 @@ def _read_hf_dataset(
     except Exception as error:  # the library's errors for a damaged folder are of many kinds
         raise ValueError(f"{path}: cannot be read as a dataset folder: {error}") from error
     schema = dataset.features.arrow_schema
-    columns = _choose_columns(path, needed, optional, _skeleton(schema), schema.names)
-    yield from _named_rows(path, dataset.select_columns(columns), schema)
+    columns = _choose_columns(
+        path, needed, (*optional, *ROW_OPTIONS), _skeleton(schema), schema.names
+    )
+    dataset = dataset.with_format(None).select_columns(columns)  # it may be saved as arrays
+    yield from _meant_rows(path, dataset, schema)
 
 
-def _named_rows(
+def _meant_rows(
     path: Path, rows: Iterable[dict[str, Any]], schema: pyarrow.Schema
 ) -> Iterator[tuple[str, Any]]:
-    """Rows with their location, and with the names of class labels in place of their numbers."""
+    """Rows with their location, names in place of class labels, and numbers as they are meant."""
     features = declared_features(schema.metadata)
+    shorten = shorten_columns(schema)
     for number, row in enumerate(rows, start=1):
         location = f"{path}, row {number}"
+        if shorten is not None:
+            row = shorten(row)
         if features:
             try:
                 row = with_names(row, features)

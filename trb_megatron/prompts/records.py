@@ -1,16 +1,17 @@
 """One row of a prompt source, checked: prompt, acceptable answers, response to imitate."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from trb_megatron.escapes import find_left_over
-from trb_megatron.prompts.columns import find_value, missing_column
+from trb_megatron.prompts.columns import ROW_OPTIONS, find_value, missing_column
+from trb_megatron.prompts.floats import UnclearNumber
 from trb_megatron.prompts.messages import parse_prompt, parse_text
+from trb_megatron.prompts.readers import parse_json
 
 
 class Columns(NamedTuple):
@@ -29,6 +30,7 @@ class Record:
         answer: the acceptable answers; None where the row has none, or none is read.
         no_answer: the complaint about a row that has none in the column that is read.
         left_over: what in the row looks like LaTeX without its backslash.
+        options: those of `ROW_OPTIONS` in which the row has a value.
     """
 
     index: int
@@ -38,6 +40,7 @@ class Record:
     no_answer: str | None
     response: str | None
     left_over: str | None
+    options: tuple[str, ...]
 
 
 def parse_record(
@@ -55,17 +58,21 @@ def parse_record(
     for column, fix in needed.items():
         if find_value(row, column) is None:
             raise ValueError(f"{location}: {missing_column(column, row)}; {fix}")
-    answer = no_answer = None
+    answers = answer = no_answer = None
     if columns.answer is not None:
-        no_answer = _missing_answer(row, columns.answer, location)
+        place = f"{location}: column {columns.answer!r}"
+        answers = _read_spelled(find_value(row, columns.answer), place)
+        no_answer = _missing_answer(answers, place)
+        if answers is None:
+            no_answer = f"{location}: {missing_column(columns.answer, row)}"
         if no_answer is None:
-            value = find_value(row, columns.answer)
-            answer = _parse_answers(value, f"{location}: column {columns.answer!r}")
+            answer = _parse_answers(answers, place)
         elif columns.answer in needed:
             raise ValueError(f"{no_answer}; {needed[columns.answer]}")
     prompt = parse_prompt(find_value(row, columns.prompt), f"{location}: column {columns.prompt!r}")
-    others = [find_value(row, column) for column in columns[1:] if column is not None]
-    left_over = next(filter(None, map(find_left_over, _texts([prompt, *others]))), None)
+    response = None if columns.response is None else find_value(row, columns.response)
+    texts = _texts([prompt, answers, response])
+    left_over = next(filter(None, map(find_left_over, texts)), None)
     return Record(
         index=index,
         location=location,
@@ -75,12 +82,18 @@ def parse_record(
         response=(
             None
             if columns.response is None
-            else parse_text(
-                find_value(row, columns.response), f"{location}: column {columns.response!r}"
-            )
+            else parse_text(response, f"{location}: column {columns.response!r}")
         ),
         left_over=left_over,
+        options=tuple(n for n in ROW_OPTIONS if n not in columns and _has_value(row.get(n))),
     )
+
+
+def _has_value(value: Any) -> bool:
+    """Whether there is something in a value, which may be spelled; null and nan are nothing."""
+    if isinstance(value, dict):
+        return any(_has_value(part) for part in value.values())
+    return value is not None and value not in ("", "[]", "{}", "null", "None", "nan", [])
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -94,15 +107,29 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(list(value.values()))
 
 
-def _missing_answer(row: dict[str, Any], column: str, location: str) -> str | None:
-    """The complaint about a row without an answer: absent, null, blank or an empty list."""
-    value = find_value(row, column)
-    if value is None:
-        return f"{location}: {missing_column(column, row)}"
+# Text that spells a list with a text in it, or an empty one; [1, 2] is an interval.
+_SPELLED_LIST = re.compile(r"""\s*\[(?:\s*|\s*'.*|[^"]*".*)\]\s*""", re.DOTALL)
+
+
+def _read_spelled(value: Any, location: str) -> Any:
+    """The list of answers that a text spells in JSON; any other value is the answer itself."""
+    if not isinstance(value, str) or not _SPELLED_LIST.fullmatch(value):
+        return value
+    try:
+        return parse_json(value, f"{location} looks like a list of answers, but is")
+    except ValueError as error:
+        raise ValueError(
+            f'{error}; write the list in JSON, such as ["5", "five"], or put a text that is the '
+            "answer as it stands into a list"
+        ) from None
+
+
+def _missing_answer(value: Any, location: str) -> str | None:
+    """The complaint about a value that is no answer: blank or an empty list."""
     if isinstance(value, str) and not value.strip():
-        return f"{location}: column {column!r} is empty"
+        return f"{location} is empty"
     if value == []:
-        return f"{location}: column {column!r} is an empty list of answers"
+        return f"{location} is an empty list of answers"
     return None
 
 
@@ -117,6 +144,11 @@ def _parse_answer(value: Any, location: str) -> str:
         raise ValueError(
             f"{location} holds {value}, which is no answer (often a missing value); write the "
             "answer, or leave the row out"
+        )
+    if isinstance(value, UnclearNumber):
+        raise ValueError(
+            f"{location} holds {value.exact:.0f} in {value.bits} bits, which are those of "
+            f"{value.shortest:.0f}, too; store the column as whole numbers, in 64 bits or as text"
         )
     if isinstance(value, bool):
         raise ValueError(
@@ -141,22 +173,9 @@ def _write_number(value: int | float | Decimal, location: str) -> str:
     Raises:
         ValueError: it has more than `_MOST_DIGITS` digits.
     """
-    number = _shortest(value) if isinstance(value, float) else Decimal(value)
+    number = Decimal(repr(value) if isinstance(value, float) else value)
     if abs(number.adjusted()) >= _MOST_DIGITS or len(number.as_tuple().digits) > _MOST_DIGITS:
         raise ValueError(
             f"{location} is a number of more than {_MOST_DIGITS:,} digits; write it as text"
         )
     return f"{number:f}"
-
-
-def _shortest(value: float) -> Decimal:
-    """The fewest digits that mean this number, of 32 bits where it was stored in so many.
-
-    A column of 32-bit numbers reads 0.1 as 0.10000000149011612: a long number that 32 bits hold
-    exactly came from them.
-    """
-    number = Decimal(repr(value))
-    is_long = len(number.as_tuple().digits) >= 15
-    if is_long and abs(value) < np.finfo(np.float32).max and float(np.float32(value)) == value:
-        return Decimal(str(np.float32(value)))
-    return number

@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
+from jinja2.defaults import DEFAULT_NAMESPACE
 from transformers import PreTrainedTokenizerFast
 
 from trb_megatron.prompts.records import Record
 
-_LEFT_OUT_ROLES = ("assistant",)  # templates cut the thinking of earlier answers, and mean it
+_MORE = "and so on"  # a text that no message needs, to see whether it is rendered
 
 
 def prints_date(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -50,13 +56,15 @@ class ChatTemplate:
             )
         template = tokenizer.get_chat_template()
         self._template = template if today is None else _fix_date(template, today)
-        arguments = inspect.signature(tokenizer.apply_chat_template).parameters
-        taken = {"messages", "strftime_now", *arguments}
+        if not options:
+            return
+        known = _find_options(tokenizer, template)
         for name in options:
-            if name in taken or not re.search(rf"\b{re.escape(name)}\b", template):
+            if name not in known:
                 raise ValueError(
                     f"data.chat_template_kwargs.{name}: is no option of the chat template of "
-                    f"{tokenizer.name_or_path}; correct its name or leave it out"
+                    f"{tokenizer.name_or_path}, which has {', '.join(sorted(known)) or 'none'}; "
+                    "correct its name or leave it out"
                 )
 
     def render(self, record: Record) -> str:
@@ -106,21 +114,43 @@ class ChatTemplate:
     def _find_left_out(self, messages: list[dict[str, Any]], text: str) -> int | None:
         """Which message, if any, makes no difference to the text.
 
-        One whose content is in the text as often as in the messages does; any other is changed to
-        see.
+        One whose content is in the text as often as in the messages does; any other is made longer
+        to see. Templates cut the thinking from earlier answers, and mean it: what is behind it is
+        what counts.
         """
-        contents = [m["content"].strip() for m in messages if m["role"] not in _LEFT_OUT_ROLES]
-        for number, message in enumerate(messages):
-            content = message["content"].strip()
-            if message["role"] in _LEFT_OUT_ROLES:
-                continue
+        contents = [message["content"].strip() for message in messages]
+        for number, (message, content) in enumerate(zip(messages, contents, strict=True)):
             if text.count(content) >= sum(other.count(content) for other in contents):
                 continue
             changed = [*messages]
-            changed[number] = {**message, "content": f"{message['content']} {content}"}
+            changed[number] = {**message, "content": f"{message['content']} {_MORE}"}
             if self._apply(changed) == (text, None):
                 return number
         return None
+
+
+class _Generation(jinja2.ext.Extension):
+    """The block `{% generation %}`, in which transformers has templates mark what is to learn."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _find_options(tokenizer: PreTrainedTokenizerFast, template: str) -> set[str]:
+    """Variables that a template reads, and neither sets before nor has from transformers."""
+    environment = jinja2.Environment(extensions=[_Generation, jinja2.ext.loopcontrols])
+    try:
+        read = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: its chat template is broken at line {error.lineno}: {error}"
+        ) from None
+    given = {"messages", "strftime_now", "raise_exception", *DEFAULT_NAMESPACE}
+    given |= {*inspect.signature(tokenizer.apply_chat_template).parameters}
+    return read - given
 
 
 def _fix_date(template: str, today: date) -> str:

@@ -3,7 +3,8 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -40,7 +41,8 @@ class PromptSet:
     """The prompts of one source, in its order, without those that were too long.
 
     Attributes:
-        fingerprint: a hash of token ids, answers and responses, wherever they were read from.
+        fingerprint: a hash of token ids, answers and responses, also of prompts that are too long,
+            wherever they were read from.
         summary: what was read: rows, files, split, columns.
         first_text: the first prompt as the student sees it, decoded.
         warnings: what can be used but is probably not meant, a line each.
@@ -141,12 +143,14 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
     prompts: list[Prompt] = []
     too_long: list[Prompt] = []
     left_over: list[tuple[str, str]] = []
+    row_options: Counter[str] = Counter()
     for batch in _batched(_read_records(source, files), _TOKENIZER_BATCH):
         has_answers = has_answers or batch[0].answer is not None
         for prompt in _tokenize(batch, tokenizer, template):
             fits = len(prompt.token_ids) <= source.max_prompt_tokens
             (prompts if fits else too_long).append(prompt)
         left_over += [(r.location, r.left_over) for r in batch if r.left_over is not None]
+        row_options.update(option for record in batch for option in record.options)
     if not prompts:
         longer = f"all {len(too_long)} are longer than max_prompt_tokens={source.max_prompt_tokens}"
         raise ValueError(f"{source.path}: no prompts: {longer if too_long else 'it is empty'}")
@@ -154,19 +158,26 @@ def load_prompts(source: PromptSource, tokenizer: PreTrainedTokenizerFast) -> Pr
     return PromptSet(
         prompts=tuple(prompts),
         too_long=tuple(too_long),
-        fingerprint=_fingerprint(prompts),
+        fingerprint=_fingerprint(prompts, too_long),
         summary=f"{len(prompts) + len(too_long):,} rows of {_describe_files(source, files)}, "
         f"columns {', '.join(column for column in read if column is not None)}",
         first_text=str(tokenizer.decode(list(prompts[0].token_ids))),
-        warnings=tuple(_warnings(source, left_over)),
+        warnings=tuple(_warnings(source, left_over, row_options)),
     )
 
 
 _SHOWN_ROWS = 3
 
 
-def _warnings(source: PromptSource, left_over: list[tuple[str, str]]) -> Iterator[str]:
-    """What looks like LaTeX without its backslashes; `left_over` has rows, and what is in them."""
+def _warnings(
+    source: PromptSource, left_over: list[tuple[str, str]], row_options: Mapping[str, int]
+) -> Iterator[str]:
+    """What looks like LaTeX without its backslashes, and columns that others read.
+
+    Args:
+        left_over: rows, and what is in them.
+        row_options: columns of `ROW_OPTIONS`, and how many rows have a value in them.
+    """
     found = source.system_prompt and find_left_over(source.system_prompt)
     if found:
         yield f"the system prompt holds {found}, or put it in single quotes"
@@ -177,25 +188,36 @@ def _warnings(source: PromptSource, left_over: list[tuple[str, str]]) -> Iterato
         yield f"{count} may have lost backslashes: {rows}" + (
             f"; and {more:,} more" if more > 0 else ""
         )
+    for option, number in row_options.items():
+        having = "1 row has" if number == 1 else f"{number:,} rows have"
+        yield f"{source.path}: {having} a value in the column {option!r}, which is not read: " + (
+            "tools are not supported"
+            if option == "tools"
+            else f"options are those of data.{option} for all rows"
+        )
 
 
 def _describe_files(source: PromptSource, files: SourceFiles) -> str:
     """Which files were read, and which of the folder were not."""
     if files.split is None:
         return str(source.path)
-    names = [file.relative_to(source.path).as_posix() for file in files.files]
-    count = f"{len(names):,} files: " if len(names) > 1 else ""
-    if len(names) > _MOST_NAMES:
-        names = [names[0], "...", names[-1]]
+    count = f"{len(files.files):,} files: " if len(files.files) > 1 else ""
     others = [split for split in files.splits if split != files.split]
     return "".join(
         (
-            f"{source.path} ({count}{', '.join(names)}",
+            f"{source.path} ({count}{_list_names(source.path, files.files)}",
             f"; split {files.split}, not {', '.join(others)}" if others else "",
-            f"; {len(files.unread)} of no split not read" if files.unread else "",
+            f"; {len(files.unread):,} not read: {_list_names(source.path, files.unread)}"
+            if files.unread
+            else "",
             ")",
         )
     )
+
+
+def _list_names(folder: Path, files: Sequence[Path]) -> str:
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return ", ".join(names if len(names) <= _MOST_NAMES else [names[0], "...", names[-1]])
 
 
 def _read_records(source: PromptSource, files: SourceFiles) -> Iterator[Record]:
@@ -256,9 +278,13 @@ def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
         yield batch
 
 
-def _fingerprint(prompts: list[Prompt]) -> str:
+def _fingerprint(prompts: Sequence[Prompt], too_long: Sequence[Prompt]) -> str:
+    """Of all prompts in their order, and which are too long: as problems, those count as wrong."""
+    are_too_long = {prompt.index for prompt in too_long}
     digest = hashlib.sha256()
-    for prompt in prompts:
-        record = [prompt.token_ids, prompt.answer, prompt.response_ids]
+    for prompt in sorted((*prompts, *too_long), key=lambda prompt: prompt.index):
+        record: list[Any] = [prompt.token_ids, prompt.answer, prompt.response_ids]
+        if prompt.index in are_too_long:
+            record.append("too long")
         digest.update(json.dumps(record).encode() + b"\n")
     return digest.hexdigest()
