@@ -14,12 +14,14 @@ _TEXT_COMMAND = (
     r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}"
 )
 TEXT = re.compile(_TEXT_COMMAND)
+_EXPONENT = r"\s*+\^\s*+(?:-?\d|\{\s*+-?\s*+\d\s*+\})"
+_UNITS = rf"(?:[A-Za-z. ]|\\cdot\b|{_EXPONENT})+"
 # How an answer in LaTeX reads as plain text, in this order.
 _PLAIN = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (_TEXT_COMMAND, r" \1 "),
-        (r"\\[dtc]?frac\s*\{([A-Za-z. ]+)\}\s*\{([A-Za-z. ]+)\}", r" \1/\2"),
+        (rf"\\[dtc]?frac\s*\{{({_UNITS})\}}\s*\{{({_UNITS})\}}", r" \1/\2"),
         (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°", " degrees "),
         (r"(?<=\d)(?:\{,\}|\\!?[,!]|,\\!)(?=\d{3})", ","),
         (r"\\!", ""),
@@ -38,14 +40,20 @@ _QUANTITY = re.compile(
     )(?P<percent>\s*%)?(?P<words>.*)""",
     re.VERBOSE | re.DOTALL,
 )
-_UNIT = re.compile(r"(?:\s*+[/·*-]?\s*+[A-Za-z]++(?:\s*+\^-?\d|\s*+\^\{-?\d\}|[²³])?)+[\s.]*")
+_UNIT_TERM = rf"\s*+[A-Za-z]++(?:{_EXPONENT}|[²³])?"
+# Behind a number, a sign of multiplication or the minus of a single letter makes an expression.
+_UNIT = re.compile(
+    rf"\s*+(?:/|-(?=[A-Za-z]{{2}}))?{_UNIT_TERM}"
+    rf"(?:\s*+(?:[/·*-]|\\cdot\b|\\times\b)?{_UNIT_TERM})*[\s.]*"
+)
 _UNIT_SUFFIX = re.compile(r"(?<=degrees)\s+[CF]\b|(?<=[a-z])\s+(?:squared|cubed)\b")
 _MEASURED = re.compile(
-    rf"(?P<expression>[^,;]*\\(?:pi|sqrt)\b[^,;]*?)(?:\s|\\[,;: ]|~)*{_TEXT_COMMAND}"
-    r"(?:\s*\^\s*(?:\d|\{\s*\d\s*\}))?"
+    r"(?P<expression>[^,;]*\\(?:pi|sqrt)\b[^,;]*?)"
+    rf"(?P<unit>(?:(?:\s|/|\\cdot\b)*{_TEXT_COMMAND}(?:{_EXPONENT})?)+)"
 )
 _SCIENTIFIC = re.compile(
-    r"(?P<expression>-?[\d.]+\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\d|\{\s*-?\d+\s*\}))\s+(\w+)"
+    r"(?P<expression>-?[\d.]+\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\d|\{\s*-?\d+\s*\}))"
+    r"(?P<unit>[\s\\].+)"
 )
 _LONGEST_QUANTITY = 200  # characters
 
@@ -101,7 +109,8 @@ def rewrite_quantity(answer: str) -> str:
     if len(answer) > _LONGEST_QUANTITY:
         return answer
     for pattern in (_MEASURED, _SCIENTIFIC):  # 2\pi\text{ cm}, 6.02 \times 10^{23} mol
-        if (measured := pattern.fullmatch(answer)) and _is_unit(f" {measured[2].strip()}"):
+        measured = pattern.fullmatch(answer)
+        if measured and _is_unit(TEXT.sub(r" \1 ", f" {measured['unit']}")):
             return measured["expression"]
     plain = answer
     for pattern, replacement in _PLAIN:
@@ -140,7 +149,7 @@ def _is_unit(text: str) -> bool:
         return True
     if not _UNIT.fullmatch(text):
         return False
-    words = re.findall(r"[A-Za-z]+", text)
+    words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]+", text)
     is_product = words[0] not in _SHORT_UNITS or (len(words[0]) == 1 and text != words[0])
     if text[0].isalpha() and is_product:  # 2xy
         return False
