@@ -7,7 +7,6 @@ of their letters, so that ACB equals CAB; and it takes a pair for a set. These a
 
 from __future__ import annotations
 
-import itertools
 import re
 from fractions import Fraction
 from typing import Any
@@ -274,10 +273,13 @@ def _same_ratio(gold: str, answer: str) -> bool | None:
     right, given = _ratio(gold), _ratio(answer)
     if max(len(right), len(given)) < 3:
         return None
-    return len(right) == len(given) and all(
-        is_right(normalize(rf"({a}) \cdot ({d})"), normalize(rf"({b}) \cdot ({c})"))
-        for (a, b), (c, d) in itertools.combinations(zip(right, given, strict=True), 2)
+    known = next((n for n, part in enumerate(right) if not is_right("0", normalize(part))), None)
+    if len(right) != len(given) or known is None:
+        return False
+    shares = (
+        [normalize(rf"\frac{{{p}}}{{{parts[known]}}}") for p in parts] for parts in (right, given)
     )
+    return all(is_right(a, b) for a, b in zip(*shares, strict=True))
 
 
 def _ratio(text: str) -> list[str]:

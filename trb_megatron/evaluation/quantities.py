@@ -49,7 +49,7 @@ _UNIT = re.compile(
 _UNIT_SUFFIX = re.compile(r"(?<=degrees)\s+[CF]\b|(?<=[a-z])\s+(?:squared|cubed)\b")
 _MEASURED = re.compile(
     r"(?P<expression>[^,;]*\\(?:pi|sqrt)\b[^,;]*?)"
-    rf"(?P<unit>(?:(?:\s|/|\\cdot\b)*{_TEXT_COMMAND}(?:{_EXPONENT})?)+)"
+    rf"(?P<unit>(?:\\frac\s*\{{\s*)?{_TEXT_COMMAND}.*)"
 )
 _SCIENTIFIC = re.compile(
     r"(?P<expression>-?[\d.]+\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\d|\{\s*-?\d+\s*\}))"
@@ -110,11 +110,9 @@ def rewrite_quantity(answer: str) -> str:
         return answer
     for pattern in (_MEASURED, _SCIENTIFIC):  # 2\pi\text{ cm}, 6.02 \times 10^{23} mol
         measured = pattern.fullmatch(answer)
-        if measured and _is_unit(TEXT.sub(r" \1 ", f" {measured['unit']}")):
+        if measured and _is_unit(_plain(f" {measured['unit']}")):
             return measured["expression"]
-    plain = answer
-    for pattern, replacement in _PLAIN:
-        plain = pattern.sub(replacement, plain)
+    plain = _plain(answer)
     match = _QUANTITY.fullmatch(plain)
     if match is None:
         return answer
@@ -132,6 +130,12 @@ def rewrite_quantity(answer: str) -> str:
     if words.strip().isalpha() and not TEXT.search(answer):
         return f"{number}({words.strip()})"  # math-verify would cut off what looks like a unit
     return answer
+
+
+def _plain(latex: str) -> str:
+    for pattern, replacement in _PLAIN:
+        latex = pattern.sub(replacement, latex)
+    return latex
 
 
 def _number(match: re.Match[str]) -> str:
