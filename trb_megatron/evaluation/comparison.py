@@ -2,7 +2,8 @@ r"""Whether an answer equals the right one: numbers, choices, words and lists by
 math-verify.
 
 math-verify compares numbers to six places, so that 1e-9 equals 2e-9; it compares words as products
-of their letters, so that ACB equals CAB; and it takes a pair for a set. These are compared here.
+of their letters, so that ACB equals CAB; it takes a pair for a set, and 1:2:3 for 1/2/3. These are
+compared here.
 """
 
 from __future__ import annotations

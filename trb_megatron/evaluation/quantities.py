@@ -28,7 +28,6 @@ _PLAIN = [
         (r"\\[,;: ]|\\q?quad|~", " "),
         (r"\\?\$|[€£¥₹]|\\pounds\b|^\s*(?:USD|EUR|GBP|Rs\.?)(?=[\s\d])", ""),
         (r"\\%|\bpercent(?:age)?\b|\bpct\b", "%"),
-        ("−", "-"),
     )
 ]
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)"
@@ -40,11 +39,11 @@ _QUANTITY = re.compile(
     )(?P<percent>\s*%)?(?P<words>.*)""",
     re.VERBOSE | re.DOTALL,
 )
-_UNIT_TERM = rf"\s*+[A-Za-z]++(?:{_EXPONENT}|[²³])?"
+_UNIT_TERM = rf"\s*+[A-Za-z]++(?:{_EXPONENT})?"
 # Behind a number, a sign of multiplication or the minus of a single letter makes an expression.
 _UNIT = re.compile(
     rf"\s*+(?:/|-(?=[A-Za-z]{{2}}))?{_UNIT_TERM}"
-    rf"(?:\s*+(?:[/·*-]|\\cdot\b|\\times\b)?{_UNIT_TERM})*[\s.]*"
+    rf"(?:\s*+(?:[/*-]|\\cdot\b|\\times\b)?{_UNIT_TERM})*[\s.]*"
 )
 _UNIT_SUFFIX = re.compile(r"(?<=degrees)\s+[CF]\b|(?<=[a-z])\s+(?:squared|cubed)\b")
 _MEASURED = re.compile(
