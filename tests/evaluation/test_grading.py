@@ -222,6 +222,13 @@ LONG = (
     r"\text{",
     "a:",
     "9" * 9,
+    r"{\choose ",
+    r"\binom{",
+    r"\pm ",
+    "2(3)",
+    "1 to ",
+    r"\text{m}\cdot ",
+    "m^2/(s ",
 )
 
 

@@ -181,7 +181,7 @@ _SPELLINGS = _rules(
     (r"\\(frac|binom)\s*\{([^{}]*)\}\s*(\d)", r"\\\1{\2}{\3}", "or the other"),
     (r"(?<![\w.^_\\}])(\d+)\s*(?=\\binom\b|\(\s*(?:\d|\\(?:frac|binom)\b))", r"\1 \\cdot ",
      "a product of integers, which math-verify adds, as in a mixed number"),
-    (rf"(\(\s*\d+\s*\)|{_BINOMIAL})\s*(?=[\d(]|\\(?:frac|binom)\b)",
+    (rf"(\(\s*-?\s*\d+\s*\)|{_BINOMIAL})\s*(?=[\d(]|\\(?:frac|binom)\b)",
      r"\1 \\cdot ", "also where the first one is in brackets"),
     (r"(-?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", _repeating,
      "a decimal whose last digits repeat is a fraction"),

@@ -43,7 +43,7 @@ _UNIT_TERM = rf"\s*+[A-Za-z]++(?:{_EXPONENT})?"
 # Behind a number, a sign of multiplication or the minus of a single letter makes an expression.
 _UNIT = re.compile(
     rf"\s*+(?:/|-(?=[A-Za-z]{{2}}))?{_UNIT_TERM}"
-    rf"(?:\s*+(?:[/*-]|\\cdot\b|\\times\b)?{_UNIT_TERM})*[\s.]*"
+    rf"(?:\s*+(?:/\s*+\(|[/*-]|\\cdot\b|\\times\b)?{_UNIT_TERM})*\s*+\)?[\s.]*"
 )
 _UNIT_SUFFIX = re.compile(r"(?<=degrees)\s+[CF]\b|(?<=[a-z])\s+(?:squared|cubed)\b")
 _MEASURED = re.compile(
@@ -109,7 +109,7 @@ def rewrite_quantity(answer: str) -> str:
         return answer
     for pattern in (_MEASURED, _SCIENTIFIC):  # 2\pi\text{ cm}, 6.02 \times 10^{23} mol
         measured = pattern.fullmatch(answer)
-        if measured and _is_unit(_plain(f" {measured['unit']}")):
+        if measured and _is_unit(_plain(f" {measured['unit']}"), _is_upright(measured["unit"])):
             return measured["expression"]
     plain = _plain(answer)
     match = _QUANTITY.fullmatch(plain)
@@ -122,7 +122,7 @@ def rewrite_quantity(answer: str) -> str:
         words = words[scale.end() :]
     number = (match["variable"] or "") + " \\cdot ".join(factors)
     number += "\\%" if match["percent"] else ""
-    if not words.strip(" .") or _is_unit(words):
+    if not words.strip(" .") or _is_unit(words, _is_upright(answer)):
         return number
     if TEXT.search(answer) and (re.search(r"\d", words) or _NO_UNITS & set(words.split())):
         return plain  # math-verify would ignore it
@@ -146,7 +146,13 @@ def _number(match: re.Match[str]) -> str:
     return f"{match['sign']}\\frac{{{int(whole) * int(under) + int(over)}}}{{{under}}}"
 
 
-def _is_unit(text: str) -> bool:
+def _is_upright(latex: str) -> bool:
+    r"""Whether all letters are set as text: \text{N} is the newton, N a variable."""
+    outside = re.sub(r"\\[A-Za-z]+", "", TEXT.sub("", latex))
+    return outside != latex and not re.search("[A-Za-z]", outside)
+
+
+def _is_unit(text: str, is_upright: bool) -> bool:
     """Whether what follows a number is a unit or names what was counted, and nothing more."""
     if text.strip() == "times":  # as an answer to "how many times"
         return True
@@ -156,7 +162,7 @@ def _is_unit(text: str) -> bool:
     is_product = words[0] not in _SHORT_UNITS or (len(words[0]) == 1 and text != words[0])
     if text[0].isalpha() and is_product:  # 2xy
         return False
-    is_noun = [_is_noun(word) for word in words]
+    is_noun = [_is_noun(word) or (is_upright and len(word) == 1) for word in words]
     return is_noun[-1] and all(
         noun or word in _INNER_WORDS for noun, word in zip(is_noun, words, strict=True)
     )
