@@ -111,6 +111,32 @@ def test_a_decimal_of_six_places_may_stand_for_an_exact_value(exact: str) -> Non
         assert not is_right(normalize(exact), wrong), wrong
 
 
+@pytest.mark.parametrize("exact", [2**53 + 1, 2**64, 3**43, -(7**30)])
+def test_integers_have_all_their_digits_and_floats_fifteen(exact: int) -> None:
+    for other in (exact - 1, exact + 1):
+        assert not is_right(normalize(str(exact)), normalize(str(other)))
+    for decimal in (repr(float(exact)), f"{float(exact):.16e}", f"{float(exact):.1f}"):
+        assert is_right(normalize(str(exact)), normalize(decimal)), decimal
+        assert is_right(normalize(decimal), normalize(str(exact))), decimal
+
+
+@pytest.mark.parametrize("term", ["2^{100}", "2^{2024}", "2025!", r"\binom{200}{100}", r"\pi^{60}"])
+def test_constants_are_compared_to_the_last_digit_of_their_terms(term: str) -> None:
+    for gold, same, *others in (
+        (f"{term}-1", f"-1+{term}", term, f"{term}+1", f"{term}-2"),
+        (
+            rf"1-\frac{{1}}{{{term}}}",
+            rf"\frac{{{term}-1}}{{{term}}}",
+            "1",
+            rf"1+\frac{{1}}{{{term}}}",
+        ),
+    ):
+        assert is_right(normalize(gold), normalize(same))
+        for other in others:
+            assert not is_right(normalize(gold), normalize(other)), other
+            assert not is_right(normalize(other), normalize(gold)), other
+
+
 # ---------------------------------------------------------------- lists
 
 
@@ -196,6 +222,13 @@ LONG = (
     r"\text{",
     "a:",
     "9" * 9,
+    r"{\choose ",
+    r"\binom{",
+    r"\pm ",
+    "2(3)",
+    "1 to ",
+    r"\text{m}\cdot ",
+    "m^2/(s ",
 )
 
 

@@ -2,7 +2,8 @@ r"""Whether an answer equals the right one: numbers, choices, words and lists by
 math-verify.
 
 math-verify compares numbers to six places, so that 1e-9 equals 2e-9; it compares words as products
-of their letters, so that ACB equals CAB; and it takes a pair for a set. These are compared here.
+of their letters, so that ACB equals CAB; it takes a pair for a set, and 1:2:3 for 1/2/3. These are
+compared here.
 """
 
 from __future__ import annotations
@@ -22,10 +23,19 @@ from trb_megatron.evaluation.exact import (
     stands_for,
 )
 from trb_megatron.evaluation.final_answer import find_answer, stated_answer
-from trb_megatron.evaluation.notation import one_spelling, plain_characters, split_list, unwrap
+from trb_megatron.evaluation.notation import (
+    one_spelling,
+    plain_characters,
+    split_list,
+    unwrap,
+    write_out_signs,
+)
 from trb_megatron.evaluation.quantities import TEXT, as_text, rewrite_quantity
 
 _LONGEST = 2000  # characters of an answer that rules look at; math-verify alone gets longer ones
+
+
+_BOLD = re.compile(r"(?<!\w)\*\*(.+?)\*\*(?!\w)")
 
 
 def grade(response: str, answers: list[str]) -> tuple[bool, str | None]:
@@ -36,7 +46,8 @@ def grade(response: str, answers: list[str]) -> tuple[bool, str | None]:
     if found.is_marked:
         answer = normalize(found.text)
         return any(is_right(right_answer(gold), answer) for gold in answers), answer
-    parsed = math_verify.parse(found.text.replace("`", " "), parsing_timeout=0)
+    text = _BOLD.sub(r"\1", found.text.replace("`", " "))
+    parsed = math_verify.parse(text, parsing_timeout=0)
     stated = normalize(stated_answer(found.text))
     read = str(parsed[-1]) if parsed else None
     for gold in map(right_answer, answers):
@@ -44,7 +55,7 @@ def grade(response: str, answers: list[str]) -> tuple[bool, str | None]:
             read = stated or None
             if is_right(gold, stated):
                 return True, read
-        elif parsed and (same_number(gold, normalize(str(parsed[-1]))) or _agree(gold, parsed)):
+        elif parsed and is_right(gold, normalize(str(parsed[-1]))):
             return True, read
     return False, read
 
@@ -60,15 +71,15 @@ def normalize(answer: str) -> str:
     answer = " ".join(plain_characters(answer).split())
     if len(answer) > _LONGEST:
         return answer
-    return unwrap(rewrite_quantity(one_spelling(unwrap(answer))))
+    return write_out_signs(unwrap(rewrite_quantity(one_spelling(unwrap(answer)))))
 
 
 def is_right(gold: str, answer: str) -> bool:
     """Whether two normalized answers are the same."""
     if not answer or not gold:
         return False
-    if _without_spaces(gold) == _without_spaces(answer):
-        return True
+    if _without_spaces(as_text(gold)) == _without_spaces(as_text(answer)):
+        return True  # \text{July } 19 is July 19
     if _BARE_RELATION.match(answer) and not _RELATION.search(gold):
         return False  # math-verify reads 14 from \neq 14
     gold, answer = _without_names(_only_element(gold), _only_element(answer))
@@ -84,7 +95,8 @@ def _without_spaces(text: str) -> str:
 
 
 _NAME = r"\\?[A-Za-z]+(?:_(?:\w|\{\w+\}))?'?"
-_NAMED = re.compile(rf"({_NAME}|\\angle\s*[A-Z]+|\({_NAME}(?:\s*,\s*{_NAME})+\))\s*=\s*([^=<>]+)")
+_NAMES = rf"{_NAME}(?:\s*:\s*{_NAME})*|\\angle\s*[A-Z]+|\({_NAME}(?:\s*,\s*{_NAME})+\)"
+_NAMED = re.compile(rf"({_NAMES})\s*=\s*([^=<>]+)")
 _RELATION = re.compile(r"[=<>]|\\(?:leq?|geq?|neq?|lt|gt|in|leqslant|geqslant)(?![a-z])")
 
 _BARE_RELATION = re.compile(r"[<>]|\\(?:leq?|geq?|neq?|lt|gt|not|leqslant|geqslant)(?![a-z])")
@@ -150,8 +162,11 @@ def _words(text: str) -> str | None:
     return _one_case(plain) if is_word else None
 
 
+_ARTICLE = re.compile(r"(?:an?|the) (?=\w\w)")  # A B may be two choices
+
+
 def _one_case(words: str) -> str:
-    return words.casefold().replace("-", " ").removesuffix("s")
+    return _ARTICLE.sub("", words.casefold().replace("-", " "), count=1).removesuffix("s")
 
 
 _FIRST_WORD = re.compile(r"(yes|no|true|false)\s*[,.:;]", re.IGNORECASE)
@@ -179,9 +194,10 @@ def _read_list(text: str) -> tuple[str, list[str]] | None:
     if (match := _BRACKETS.fullmatch(text)) and _closes_at_end(text):
         brackets, inner = match[1] + match[3], match[2]
     parts = split_list(inner)
-    if len(parts) < 2 or not all(parts) or _CONDITION.search(inner):
+    is_set = brackets == r"\{\}"
+    if len(parts) < 2 or not all(parts) or (is_set and _CONDITION.search(inner)):
         return None
-    if brackets == r"\{\}":
+    if is_set:
         parts = list(dict.fromkeys(parts))
     brackets = {r"\langle\rangle": "()", r"\{\}": "{}"}.get(brackets, brackets)
     if brackets == "[]" and len(parts) > 2:  # no interval
@@ -247,10 +263,38 @@ def _same_list(gold: str, answer: str) -> bool | None:
     return True
 
 
+_NO_RATIO = re.compile(r"[=<>,|]|\\(?:text|math|mid|in)|(?<![\\A-Za-z])[A-Za-z]{3}")
+
+
+def _same_ratio(gold: str, answer: str) -> bool | None:
+    """Parts in the same proportion, of which one has three or more. None: neither has.
+
+    math-verify reads 1:2:3 as 1/2/3, which is 1/3/2 as well.
+    """
+    right, given = _ratio(gold), _ratio(answer)
+    if max(len(right), len(given)) < 3:
+        return None
+    known = next((n for n, part in enumerate(right) if not is_right("0", normalize(part))), None)
+    if len(right) != len(given) or known is None:
+        return False
+    shares = (
+        [normalize(rf"\frac{{{p}}}{{{parts[known]}}}") for p in parts] for parts in (right, given)
+    )
+    return all(is_right(a, b) for a, b in zip(*shares, strict=True))
+
+
+def _ratio(text: str) -> list[str]:
+    """What stands between colons; nothing where that is more than numbers and variables."""
+    if (match := _BRACKETS.fullmatch(text)) and _closes_at_end(text):
+        text = match[2]
+    return [] if _NO_RATIO.search(text) else split_list(text, ":")
+
+
 # ---------------------------------------------------------------- what math-verify reads
 
-_PRECISION = 50
-_CLOSE, _CLOSE_FLOATS = Fraction(1, 10**30), Fraction(1, 10**13)
+_PRECISION, _MOST_PRECISION = 50, 10_000  # digits
+_GUARD = 20  # digits that terms which cancel may cost
+_CLOSE_FLOATS = Fraction(1, 10**13)
 
 
 def _parse(answer: str) -> list[Any]:
@@ -269,12 +313,21 @@ def _agree(gold: str, found: list[Any]) -> bool:
 
 
 def _same_constant(gold: Any, answer: Any, gold_text: str, answer_text: str) -> bool | None:
-    """The same value to 30 digits, or its decimal. None: not both are constants."""
-    right, given = _value(gold), _value(answer)
+    r"""The same value, or its decimal. None: not both are constants.
+
+    The same to 30 digits and those of the largest and smallest terms: 2^{2024} is not 2^{2024} - 1,
+    and 1 - 2^{-2024} not 1.
+    """
+    right, given = _constant(gold), _constant(answer)
     if right is None or given is None:
         return None
+    try:
+        precision = min(_PRECISION + max(_size(right), _size(given)), _MOST_PRECISION)
+        right, given = _value(right, precision), _value(given, precision)
+    except (TypeError, ValueError, AttributeError, ArithmeticError):
+        return None  # what sympy cannot evaluate, which is for math-verify
     has_floats = gold.has(sympy.Float) or answer.has(sympy.Float)
-    tolerance = _CLOSE_FLOATS if has_floats else _CLOSE
+    tolerance = _CLOSE_FLOATS if has_floats else Fraction(10) ** (_GUARD - precision)
     largest = max(abs(part) for part in (*right, *given))
     if all(abs(a - b) <= tolerance * largest for a, b in zip(right, given, strict=True)):
         return True
@@ -285,21 +338,34 @@ def _same_constant(gold: Any, answer: Any, gold_text: str, answer_text: str) -> 
     )
 
 
-def _value(expr: Any) -> tuple[Fraction, Fraction] | None:
-    """Real and imaginary part of a constant to 50 digits; None for whatever else."""
+def _constant(expr: Any) -> sympy.Expr | None:
+    """The expression with i as the imaginary unit; None where it is no number."""
     if not isinstance(expr, sympy.Expr):
         return None
     expr = expr.xreplace({s: sympy.I for s in expr.free_symbols if str(s) == "i"})
-    if expr.free_symbols or not expr.is_number:
-        return None
-    try:
-        parts = expr.evalf(_PRECISION, chop=False).as_real_imag()
-        return Fraction(str(parts[0])), Fraction(str(parts[1]))
-    except (TypeError, ValueError, AttributeError, ArithmeticError):
-        return None  # a constant that sympy cannot evaluate, which is for math-verify
+    return None if expr.free_symbols or not expr.is_number else expr
+
+
+def _size(constant: sympy.Expr) -> int:
+    """Digits before and behind the point that the terms of a constant take, at most."""
+    sizes = (
+        abs(term.evalf(5))
+        for term in sympy.preorder_traversal(constant)
+        if isinstance(term, sympy.Rational | sympy.Pow | sympy.Function) and term.is_number
+    )
+    logs = (abs(sympy.log(size, 10)) for size in sizes if size.is_Float and size > 0)
+    return int(sum(map(float, logs)))
+
+
+def _value(constant: sympy.Expr, precision: int) -> tuple[Fraction, Fraction]:
+    """Real and imaginary part, to so many digits."""
+    parts = constant.evalf(precision, maxn=2 * precision, chop=False).as_real_imag()
+    real, imaginary = (sympy.Rational(part) for part in parts)
+    return Fraction(real.p, real.q), Fraction(imaginary.p, imaginary.q)
 
 
 _RULES = (
+    _same_ratio,
     same_number,
     _same_choice,
     _same_choices,

@@ -36,8 +36,9 @@ _SIGNS = {
     **dict.fromkeys("\u2212\u2010\u2011\ufe63", "-"),
     "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/",
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "±": r"\pm ",
-    "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ", "。": ".",
-    "º": "°", "，": ",", "、": ",", "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
+    "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+    "≈": r"\approx ", "º": "°", "∶": ":", "。": ".", "，": ",", "、": ",", "\u2018": "'",
+    "\u2019": "'", "\u201c": '"', "\u201d": '"',
 }  # fmt: skip
 _SUPERSCRIPTS = {"⁺": "+", "⁻": "-", "ⁿ": "n", **{c: str(n) for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}}
 _SUBSCRIPTS = {"₊": "+", "₋": "-", "ₙ": "n", **{c: str(n) for n, c in enumerate("₀₁₂₃₄₅₆₇₈₉")}}
@@ -142,9 +143,6 @@ def closing_brace(text: str, opening: int) -> int | None:
 
 # ---------------------------------------------------------------- inside an answer
 
-_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
-_BASES |= {"ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16}
-
 
 def _repeating(match: re.Match[str]) -> str:
     """A decimal with a repeating part as a fraction: 0.1\\overline{6} is (16 - 1) / 90."""
@@ -153,23 +151,38 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"{sign}\frac{{{over}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
 
 
+_MARK = r"[-+=<>*/.,;:!]|\\(?:leq?|geq?|neq?|lt|gt|times|cdot|div|pm|mp|in|cup|cap)(?![a-zA-Z])"
+_SET_MARK = r"(?:\\(?:text|mathrm|mathord|mathbin|mathrel|mathop|mathpunct)\s*)?"
+_BRACKETS = {"brace": (r"\{", r"\}"), "brack": "[]", "paren": "()"}
+_ORDINAL = r"\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}"
+_PART = r"(?:[^{}()]|\{[^{}]*\}|\([^()]*\))"  # a character, or brackets and what is in them
+_BINOMIAL = rf"\\binom\s*\{{{_PART}*\}}\s*\{{{_PART}*\}}"
 _GROUPED = r"\d{1,3}(?:[ ']\d{3})+"
 _SPELLINGS = _rules(
     (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", "", "sizes of brackets"),
     (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])", "", "styles of formulas"),
     (r"(?<=\d)(?:\{,\}|,\\!|\\!,)(?=\d{3}(?!\d))", "", "LaTeX for a comma between thousands"),
     (r"(?<=\d)\{,\}(?=\d)", ".", "LaTeX for a decimal comma"),
-    (r"\\text\s*\{\s*([.,;:])\s*\}", r"\1", "a mark that is set as text"),
-    (r"(?<!\\)\{\s*([:;.!])\s*\}", r"\1", "braces that only change the space around a mark"),
+    (rf"(?<![\\^_])(?<![\^_]\s){_SET_MARK}\{{\s*({_MARK})\s*\}}",
+     lambda m: m[1] if len(m[1]) == 1 else f"{m[1]} ",
+     "braces that only change the space around a sign"),
+    (r"\\([lr])(brace|brack|paren)(?![a-zA-Z])", lambda m: _BRACKETS[m[2]][m[1] == "r"],
+     "brackets by name"),
     (r"\\\\\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", r"\\\\", "space between the rows of a matrix"),
     (r"(?<!\\)\\!", "", "a negative space"),
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~|\\[hv]space\*?\{[^{}]*\}", " ", "spaces"),
     (rf"(?<![\d.,_^]){_GROUPED}(?![\d/])(?!\s*\d)", lambda m: re.sub("[ ']", "", m[0]),
      "a space or an apostrophe between thousands"),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", "sizes of fractions"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", "a fraction of single digits needs no braces"),
-    (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", "nor does one half of it"),
-    (r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}", "or the other"),
+    (rf"(?:\{{|(?<=\()|\A)({_PART}*?)\\choose(?![a-zA-Z])\s*({_PART}*)(?:\}}|(?=\))|\Z)",
+     r"\\binom{\1}{\2}", "TeX's own binomials"),
+    (r"\\[dtc](frac|binom)(?![a-zA-Z])", r"\\\1", "sizes of fractions and binomials"),
+    (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}", "of single digits, they need no braces"),
+    (r"\\(frac|binom)\s*(\d)\s*\{", r"\\\1{\2}{", "nor does one half of them"),
+    (r"\\(frac|binom)\s*\{([^{}]*)\}\s*(\d)", r"\\\1{\2}{\3}", "or the other"),
+    (r"(?<![\w.^_\\}])(\d+)\s*(?=\\binom\b|\(\s*(?:\d|\\(?:frac|binom)\b))", r"\1 \\cdot ",
+     "a product of integers, which math-verify adds, as in a mixed number"),
+    (rf"(\(\s*-?\s*\d+\s*\)|{_BINOMIAL})\s*(?=[\d(]|\\(?:frac|binom)\b)",
+     r"\1 \\cdot ", "also where the first one is in brackets"),
     (r"(-?)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", _repeating,
      "a decimal whose last digits repeat is a fraction"),
     (r"(-?)(\d*)\.(\d*?)(\d|(?=(\d{2,6})\5)\5)(?:\4\4+|(?<=\d\d)\4)\s*(?:\.{3}|…|\\[lc]?dots)",
@@ -178,11 +191,13 @@ _SPELLINGS = _rules(
      lambda m: rf"{m[1]} \times 10^{{{int(m[2])}}}", "1.5e3 is a number; 1.5 e - 3 is not"),
     (r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[({]*\s*)(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|°)",
      r"\1\\frac{\2\\pi}{180}", "degrees of a function, which math-verify takes for radians"),
-    (r"_\s*\{?\s*\\(?:text|mathrm|mbox)\s*\{\s*([a-z]+)\s*\}\s*\}?",
-     lambda m: f"_{{{_BASES[m[1]]}}}" if m[1] in _BASES else m[0], "the base of numerals"),
     (r"(?<![\\A-Za-z])(sin|cos|tan|cot|csc|ln|log|exp|pi)(?![A-Za-z])", r"\\\1 ",
      "functions and pi without a backslash"),
     (r"\\colon(?![a-z])", ":", "a colon by name"),
+    (r"(?<=[\d}])\s*(?:\\(?:text|mathrm)\s*\{\s*to\s*\}|to)\s*(?=\d|\\(?:frac|sqrt)\b)", ":",
+     "a ratio in words"),
+    (rf"(?<=\d)\s*(?:\^\s*)?(?:{_ORDINAL}|\{{\s*{_ORDINAL}\s*\}})", "",
+     "the ending of an ordinal number"),
     (r"\\varnothing|\\empty(?![a-z])|\\\{\s*\\\}", r"\\emptyset", "names of the empty set"),
     (r",?\s*\\(?:text|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}\s*", ", ", "the answers of a list"),
     (r"(?<=[\w)}\]%$])\s*,?\s+(?:and|or)\s+(?=[-+\w(\\$])", ", ", "also without LaTeX"),
@@ -203,13 +218,38 @@ def one_spelling(text: str) -> str:
     )
 
 
-def split_list(text: str) -> list[str]:
-    """The parts between those commas that stand in no brackets."""
+_SET = re.compile(r"(\\\{)((?:(?!\\[{}]).)*)(\\\})")
+_PLUS_MINUS, _MINUS_PLUS = re.compile(r"\\pm(?![a-zA-Z])"), re.compile(r"\\mp(?![a-zA-Z])")
+_NO_SUM = re.compile(r"(\A|[=<>({\[,])\s*\+\s*")
+
+
+def write_out_signs(text: str) -> str:
+    r"""The list in which 1 \pm 2 are the two parts 1 + 2 and 1 - 2.
+
+    Of `\pm` and `\mp` in one part, the upper signs belong together. A part that has one of them
+    twice stays: whether `\pm 1 \pm i` are two or four numbers is not said.
+    """
+    if not (_PLUS_MINUS.search(text) or _MINUS_PLUS.search(text)):
+        return text
+    opening, inner, closing = match.groups() if (match := _SET.fullmatch(text)) else ("", text, "")
+    parts = []
+    for part in split_list(inner):
+        if max(len(sign.findall(part)) for sign in (_PLUS_MINUS, _MINUS_PLUS)) != 1:
+            parts.append(part)
+            continue
+        for upper, lower in ("+-", "-+"):
+            signed = _MINUS_PLUS.sub(lower, _PLUS_MINUS.sub(upper, part))
+            parts.append(_NO_SUM.sub(r"\1", signed))
+    return f"{opening}{', '.join(parts)}{closing}"
+
+
+def split_list(text: str, mark: str = ",") -> list[str]:
+    """The parts between those commas, or other marks, that stand in no brackets."""
     depths = _depths(text, r"[()\[\]{}]")
-    commas = [place for place, c in enumerate(text) if c == "," and depths[place] == 0]
+    marks = [place for place, c in enumerate(text) if c == mark and depths[place] == 0]
     return [
         text[start + 1 : end].strip()
-        for start, end in zip([-1, *commas], [*commas, len(text)], strict=True)
+        for start, end in zip([-1, *marks], [*marks, len(text)], strict=True)
     ]
 
 

@@ -14,19 +14,20 @@ _TEXT_COMMAND = (
     r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}"
 )
 TEXT = re.compile(_TEXT_COMMAND)
+_EXPONENT = r"\s*+\^\s*+(?:-?\d|\{\s*+-?\s*+\d\s*+\})"
+_UNITS = rf"(?:[A-Za-z. ]|\\cdot\b|{_EXPONENT})+"
 # How an answer in LaTeX reads as plain text, in this order.
 _PLAIN = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (_TEXT_COMMAND, r" \1 "),
-        (r"\\[dtc]?frac\s*\{([A-Za-z. ]+)\}\s*\{([A-Za-z. ]+)\}", r" \1/\2"),
+        (rf"\\[dtc]?frac\s*\{{({_UNITS})\}}\s*\{{({_UNITS})\}}", r" \1/\2"),
         (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|°", " degrees "),
         (r"(?<=\d)(?:\{,\}|\\!?[,!]|,\\!)(?=\d{3})", ","),
         (r"\\!", ""),
         (r"\\[,;: ]|\\q?quad|~", " "),
         (r"\\?\$|[€£¥₹]|\\pounds\b|^\s*(?:USD|EUR|GBP|Rs\.?)(?=[\s\d])", ""),
         (r"\\%|\bpercent(?:age)?\b|\bpct\b", "%"),
-        ("−", "-"),
     )
 ]
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)"
@@ -38,14 +39,20 @@ _QUANTITY = re.compile(
     )(?P<percent>\s*%)?(?P<words>.*)""",
     re.VERBOSE | re.DOTALL,
 )
-_UNIT = re.compile(r"(?:\s*+[/·*-]?\s*+[A-Za-z]++(?:\s*+\^-?\d|\s*+\^\{-?\d\}|[²³])?)+[\s.]*")
+_UNIT_TERM = rf"\s*+[A-Za-z]++(?:{_EXPONENT})?"
+# Behind a number, a sign of multiplication or the minus of a single letter makes an expression.
+_UNIT = re.compile(
+    rf"\s*+(?:/|-(?=[A-Za-z]{{2}}))?{_UNIT_TERM}"
+    rf"(?:\s*+(?:/\s*+\(|[/*-]|\\cdot\b|\\times\b)?{_UNIT_TERM})*\s*+\)?[\s.]*"
+)
 _UNIT_SUFFIX = re.compile(r"(?<=degrees)\s+[CF]\b|(?<=[a-z])\s+(?:squared|cubed)\b")
 _MEASURED = re.compile(
-    rf"(?P<expression>[^,;]*\\(?:pi|sqrt)\b[^,;]*?)(?:\s|\\[,;: ]|~)*{_TEXT_COMMAND}"
-    r"(?:\s*\^\s*(?:\d|\{\s*\d\s*\}))?"
+    r"(?P<expression>[^,;]*\\(?:pi|sqrt)\b[^,;]*?)"
+    rf"(?P<unit>(?:\\frac\s*\{{\s*)?{_TEXT_COMMAND}.*)"
 )
 _SCIENTIFIC = re.compile(
-    r"(?P<expression>-?[\d.]+\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\d|\{\s*-?\d+\s*\}))\s+(\w+)"
+    r"(?P<expression>-?[\d.]+\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\d|\{\s*-?\d+\s*\}))"
+    r"(?P<unit>[\s\\].+)"
 )
 _LONGEST_QUANTITY = 200  # characters
 
@@ -101,11 +108,10 @@ def rewrite_quantity(answer: str) -> str:
     if len(answer) > _LONGEST_QUANTITY:
         return answer
     for pattern in (_MEASURED, _SCIENTIFIC):  # 2\pi\text{ cm}, 6.02 \times 10^{23} mol
-        if (measured := pattern.fullmatch(answer)) and _is_unit(f" {measured[2].strip()}"):
+        measured = pattern.fullmatch(answer)
+        if measured and _is_unit(_plain(f" {measured['unit']}"), _is_upright(measured["unit"])):
             return measured["expression"]
-    plain = answer
-    for pattern, replacement in _PLAIN:
-        plain = pattern.sub(replacement, plain)
+    plain = _plain(answer)
     match = _QUANTITY.fullmatch(plain)
     if match is None:
         return answer
@@ -116,13 +122,19 @@ def rewrite_quantity(answer: str) -> str:
         words = words[scale.end() :]
     number = (match["variable"] or "") + " \\cdot ".join(factors)
     number += "\\%" if match["percent"] else ""
-    if not words.strip(" .") or _is_unit(words):
+    if not words.strip(" .") or _is_unit(words, _is_upright(answer)):
         return number
     if TEXT.search(answer) and (re.search(r"\d", words) or _NO_UNITS & set(words.split())):
         return plain  # math-verify would ignore it
     if words.strip().isalpha() and not TEXT.search(answer):
         return f"{number}({words.strip()})"  # math-verify would cut off what looks like a unit
     return answer
+
+
+def _plain(latex: str) -> str:
+    for pattern, replacement in _PLAIN:
+        latex = pattern.sub(replacement, latex)
+    return latex
 
 
 def _number(match: re.Match[str]) -> str:
@@ -134,17 +146,23 @@ def _number(match: re.Match[str]) -> str:
     return f"{match['sign']}\\frac{{{int(whole) * int(under) + int(over)}}}{{{under}}}"
 
 
-def _is_unit(text: str) -> bool:
+def _is_upright(latex: str) -> bool:
+    r"""Whether all letters are set as text: \text{N} is the newton, N a variable."""
+    outside = re.sub(r"\\[A-Za-z]+", "", TEXT.sub("", latex))
+    return outside != latex and not re.search("[A-Za-z]", outside)
+
+
+def _is_unit(text: str, is_upright: bool) -> bool:
     """Whether what follows a number is a unit or names what was counted, and nothing more."""
     if text.strip() == "times":  # as an answer to "how many times"
         return True
     if not _UNIT.fullmatch(text):
         return False
-    words = re.findall(r"[A-Za-z]+", text)
+    words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]+", text)
     is_product = words[0] not in _SHORT_UNITS or (len(words[0]) == 1 and text != words[0])
     if text[0].isalpha() and is_product:  # 2xy
         return False
-    is_noun = [_is_noun(word) for word in words]
+    is_noun = [_is_noun(word) or (is_upright and len(word) == 1) for word in words]
     return is_noun[-1] and all(
         noun or word in _INNER_WORDS for noun, word in zip(is_noun, words, strict=True)
     )

@@ -170,12 +170,15 @@ _MOST_DIGITS = 1000  # of a number that is no text; more are a mistake, or fill 
 def _write_number(value: int | float | Decimal, location: str) -> str:
     """The number without an exponent, which `str` would write and a grader read as e times x.
 
+    Where there was one, a whole number keeps a point: 1e16 may be rounded, as no integer is.
+
     Raises:
         ValueError: it has more than `_MOST_DIGITS` digits.
     """
     number = Decimal(repr(value) if isinstance(value, float) else value)
-    if abs(number.adjusted()) >= _MOST_DIGITS or len(number.as_tuple().digits) > _MOST_DIGITS:
+    digits = len(number.as_tuple().digits)
+    if abs(number.adjusted()) >= _MOST_DIGITS or digits > _MOST_DIGITS:
         raise ValueError(
             f"{location} is a number of more than {_MOST_DIGITS:,} digits; write it as text"
         )
-    return f"{number:f}"
+    return f"{number:f}" if number.adjusted() < digits else f"{number:f}.0"
