@@ -826,6 +826,23 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_config_rule.py", "test_families.py"),
     ),
     Mutant(
+        name="rope-parameters-from-one-place-alone",
+        claim="500 changed configurations are refused by name",
+        old="config.standardize_rope_params()",
+        new="config.rope_parameters",
+        tests=("test_config_rule.py",),
+    ),
+    Mutant(
+        name="a-model-that-sees-later-tokens-read-as-causal",
+        claim="500 changed configurations are refused by name",
+        old='"is_causal": _CAUSAL,',
+        new="",
+        tests=(
+            "test_config_rule.py"
+            "::test_no_key_that_transformers_looks_for_changes_a_model_in_silence",
+        ),
+    ),
+    Mutant(
         name="pointer-read-as-weights",
         claim="a Git LFS pointer is called one",
         old="if opened.read(len(GIT_LFS_HEAD)) == GIT_LFS_HEAD:",
