@@ -720,6 +720,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_checkpoint.py::test_run_folder_of_another_run_is_refused",),
     ),
     Mutant(
+        name="weights-vouched-for-by-name-size-and-modification-time",
+        claim="a run's inputs are known by content",
+        old="[path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]",
+        new="[path.rpartition('/')[2], stat.st_size, stat.st_mtime_ns]",
+        tests=("test_digest.py", "test_checkpoint.py::test_run_folder_of_another_run_is_refused"),
+    ),
+    Mutant(
         name="date-of-a-template-from-the-clock-at-each-start",
         claim="the date that a chat template prints",
         old="_read_date(file) or datetime.now().date()",
