@@ -713,6 +713,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_tokenizer.py::test_ids_are_those_of_the_file_whatever_the_class",),
     ),
     Mutant(
+        name="supervised-responses-end-with-the-first-stop-id",
+        claim="supervised training ends each response with one stop token",
+        old='token_id, reason = found[0], "which',
+        new='token_id, reason = stop_ids[0], "which',
+        tests=("test_response_end.py",),
+    ),
+    Mutant(
         name="weights-known-by-name",
         claim="a run's inputs are known by content",
         old="digest.update(tensor.flatten().view(torch.uint8).numpy())",

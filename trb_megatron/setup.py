@@ -33,6 +33,7 @@ from trb_megatron.config.reading import parse_config
 from trb_megatron.distributed.layout import ParallelLayout, is_rank_zero, say
 from trb_megatron.evaluation.evaluator import Evaluator, load_problem_sets
 from trb_megatron.evaluation.rewards import RewardWorkers
+from trb_megatron.huggingface.response_end import ResponseEnd
 from trb_megatron.huggingface.tokenizer import check_ids, difference_in_transformers
 from trb_megatron.models.layers import flash_attention_version
 from trb_megatron.models.pair import Models
@@ -64,6 +65,7 @@ class Setup:
 
     Attributes:
         rewards: grading processes on the leader of each replica, None on other ranks.
+        response_end: how supervised training ends its responses; None in distillation.
         student_ddp: the student with gradient buffers, in Megatron's DistributedDataParallel.
         lock: keeps other jobs out of the run's folder while it is open.
         state: of the newest good checkpoint, or of a run that has not begun.
@@ -74,6 +76,7 @@ class Setup:
     rewards: RewardWorkers | None
     sources: ModelSources
     prompt_set: PromptSet
+    response_end: ResponseEnd | None
     models: Models
     student_ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
@@ -106,6 +109,7 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
         for warning in problems.warnings:
             say(f"warning: {name}: {warning}")
     _check_tokenizers(sources, prompt_set)
+    response_end = None if config.is_distilling else _find_response_end(config, sources)
 
     models = Models.load(sources, config, layout, say=say)
     _check_counts(plan, models, layout)
@@ -144,6 +148,7 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
         rewards=rewards,
         sources=sources,
         prompt_set=prompt_set,
+        response_end=response_end,
         models=models,
         student_ddp=student_ddp,
         optimizer=optimizer,
@@ -232,6 +237,15 @@ def _check_tokenizers(sources: ModelSources, prompt_set: PromptSet) -> None:
     check_ids([model.path for model in sources.models.values()], sources.tokenizer, texts)
     if is_rank_zero() and (found := difference_in_transformers(sources.student.path, texts)):
         say(f"warning: {found}")
+
+
+def _find_response_end(config: Config, sources: ModelSources) -> ResponseEnd:
+    """The stop token that supervised training puts behind its responses; said."""
+    data = config.data
+    options = data.chat_template_kwargs if data.apply_chat_template else None
+    response_end = ResponseEnd.find(sources.tokenizer, sources.stop_ids, options)
+    say(str(response_end))
+    return response_end
 
 
 def _resume(
