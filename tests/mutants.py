@@ -713,6 +713,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_tokenizer.py::test_ids_are_those_of_the_file_whatever_the_class",),
     ),
     Mutant(
+        name="special-tags-hidden-from-grading",
+        claim="tags such as `<think>` count in grading",
+        old="if token.special and (token.content in named or not _TAG.fullmatch(token.content))",
+        new="if token.special",
+        tests=("test_sources.py",),
+    ),
+    Mutant(
         name="supervised-responses-end-with-the-first-stop-id",
         claim="supervised training ends each response with one stop token",
         old='token_id, reason = found[0], "which',

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -29,7 +31,10 @@ from trb_megatron.models import fp8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Type of parameters and activations, by `training.precision`."""
 
-_LONGEST_TAG = 8  # tokens
+# <think>, and [THINK] of Magistral; no <s>, <|im_end|> or <end_of_turn>
+_TAG = re.compile(r"</?[A-Za-z]{2,}>|\[/?THINK\]")
+_OPENED = re.compile(r"(?i:<(?:think|thinking|thought|reasoning|answer)>|\[THINK\])\Z")
+_LONGEST_OPENING = 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -107,21 +112,34 @@ class ModelSources:
         """Ids that end a response: the student's own."""
         return self.alignment.student_ids
 
+    @cached_property
+    def _hidden_ids(self) -> frozenset[int]:
+        """Special tokens that are no text: all but tags, some of which say where an answer is."""
+        tokenizer = self.tokenizer
+        named = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+        return frozenset(
+            token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.special and (token.content in named or not _TAG.fullmatch(token.content))
+        )
+
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a response, without special tokens and the stop id at its end."""
+        """Text of a response, without the stop id at its end and special tokens.
+
+        Tags such as `<think>` and `</answer>` are text, also where a tokenizer calls them special.
+        """
         ids = list(token_ids)
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode([i for i in ids if i not in self._hidden_ids]))
 
     def decode_to_grade(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         """Text of a response, behind the `<think>` with which a chat template may end the prompt.
 
         Without it, a response that was cut off while thinking would look like an answer.
         """
-        end_of_prompt = self.decode(prompt_ids[-_LONGEST_TAG:]).rstrip()
-        opening = "<think>" if end_of_prompt.endswith("<think>") else ""
-        return opening + self.decode(response_ids)
+        opened = _OPENED.search(self.decode(prompt_ids[-_LONGEST_OPENING:]).rstrip())
+        return (opened[0] if opened else "") + self.decode(response_ids)
 
 
 def _check_lengths(
