@@ -713,6 +713,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_tokenizer.py::test_ids_are_those_of_the_file_whatever_the_class",),
     ),
     Mutant(
+        name="evaluation-without-a-look-at-transformers-tokenizer",
+        claim="token ids are those of `tokenizer.json`",
+        old="for warning in sources.check_tokenizers(problem_sets.values()):",
+        new="for warning in ():",
+        tests=("test_evaluate.py::test_command_warns_of_ids_that_transformers_reads_differently",),
+    ),
+    Mutant(
         name="special-tags-hidden-from-grading",
         claim="tags such as `<think>` count in grading",
         old="if token.special and (token.content in named or not _TAG.fullmatch(token.content))",

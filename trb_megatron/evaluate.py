@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
                 sources = ModelSources.read(config, with_teacher=False)
                 config = with_template_date(config, sources.tokenizer, _tell)
                 problem_sets = load_problem_sets(config, sources.tokenizer)
+                for warning in sources.check_tokenizers(problem_sets.values()):
+                    _tell(f"warning: {warning}")
                 models = Models.load(sources, config, layout, say=_tell)
             engine = RolloutEngine(models.student, None, layout, config.rollout)
             with setup_errors():

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,23 @@ def test_command_evaluates_as_training_does(tmp_path: Path) -> None:
     without = run_module("trb_megatron.evaluate", *settings, *options)
     assert json.loads(without.stdout) == expected
     assert "\nin the student's chat template, without a system prompt of ours\n" in without.stderr
+
+
+def test_command_warns_of_ids_that_transformers_reads_differently(
+    tmp_path: Path, write_tokenizer: Callable[..., Path]
+) -> None:
+    """As training does; the ids are those of the file."""
+    student = make_checkpoint(tmp_path / "student", vocab_size=320, max_positions=2000)
+    (student / "chat_template.jinja").unlink()
+    write_tokenizer(student, additional_special_tokens=["<think>"])
+    problems = make_prompts(tmp_path / "sums.jsonl", 1)
+    options = ["data.system_prompt=null", "evaluation.max_response_tokens=1"]
+    done = run_module(
+        "trb_megatron.evaluate", "--student", str(student), "--problems", str(problems), *options
+    )
+    assert done.returncode == 0, done.stderr
+    warning = f"warning: transformers' AutoTokenizer reads other ids from {student} than "
+    assert done.stderr.count(warning) == 1
 
 
 PROBLEMS = ("--problems", "p.jsonl")

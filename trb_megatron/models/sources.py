@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trb_megatron.behavior.stop_alignment import StopAlignment
 from trb_megatron.config.options import JobConfig
+from trb_megatron.distributed.layout import is_rank_zero
 from trb_megatron.huggingface.config import (
     HFModelConfig,
     check_layout,
@@ -20,13 +21,16 @@ from trb_megatron.huggingface.config import (
     read_hf_config,
 )
 from trb_megatron.huggingface.tokenizer import (
+    check_ids,
     check_same_tokenizer,
+    difference_in_transformers,
     load_tokenizer,
     stop_ids,
     tokenizer_digest,
     tokenizer_size,
 )
 from trb_megatron.models import fp8
+from trb_megatron.prompts.source import PromptSet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Type of parameters and activations, by `training.precision`."""
@@ -35,6 +39,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 _TAG = re.compile(r"</?[A-Za-z]{2,}>|\[/?THINK\]")
 _OPENED = re.compile(r"(?i:<(?:think|thinking|thought|reasoning|answer)>|\[THINK\])\Z")
 _LONGEST_OPENING = 20  # tokens
+_NUM_CHECKED_PROMPTS = 1000  # of each set
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,21 @@ class ModelSources:
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a response: the student's own."""
         return self.alignment.student_ids
+
+    def check_tokenizers(self, prompt_sets: Iterable[PromptSet]) -> list[str]:
+        """Make sure that the models' files give the prompts' ids.
+
+        Returns:
+            On rank 0, where transformers would read other ids, for people to know.
+
+        Raises:
+            ValueError: names the folder and the first text whose ids differ.
+        """
+        prompts = [p for found in prompt_sets for p in found.prompts[:_NUM_CHECKED_PROMPTS]]
+        texts = [str(self.tokenizer.decode(list(prompt.token_ids))) for prompt in prompts]
+        check_ids([model.path for model in self.models.values()], self.tokenizer, texts)
+        found = difference_in_transformers(self.student.path, texts) if is_rank_zero() else None
+        return [] if found is None else [found]
 
     @cached_property
     def _hidden_ids(self) -> frozenset[int]:
