@@ -840,6 +840,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_weight_rule.py",),
     ),
     Mutant(
+        name="weights-with-nan-are-read",
+        claim="a folder's weights give the logits of transformers",
+        old="if not torch.stack(param.aminmax()).isfinite().all():",
+        new="if False:",
+        tests=("test_weight_rule.py",),
+    ),
+    Mutant(
         name="index-before-a-single-file",
         claim="a folder's weights give the logits of transformers",
         old="if (path / SINGLE_FILE).is_file():\n            self._add",
