@@ -1,6 +1,7 @@
 """Checkpoint folders with changed weights, and what is said of each."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,14 @@ def _cast(dtype: torch.dtype, ending: str = "") -> Callable[[Folder], None]:
     return change
 
 
+def _break(name: str, value: float, *place: int) -> Callable[[Folder], None]:
+    def change(folder: Folder) -> None:
+        folder.tensors[name] = folder.tensors[name].clone()
+        folder.tensors[name][place] = value
+
+    return change
+
+
 def _configure(**values: Any) -> Callable[[Folder], None]:
     return lambda folder: folder.config.update(values)
 
@@ -111,7 +120,8 @@ def _cut(folder: Folder) -> None:
 def _index_beside_single(folder: Folder) -> None:
     single = folder.tensors
     folder.cut()
-    folder.shards = {f: {n: -t for n, t in part.items()} for f, part in folder.shards.items()}
+    for part in folder.shards.values():
+        part.update({name: torch.zeros_like(tensor) for name, tensor in part.items()})
     folder.tensors = single
 
 
@@ -237,6 +247,15 @@ CHANGES: Changes = {
     "a classifier": (_add("score.weight", 2, 32), "score.weight"),
     "a value head": (_add("v_head.summary.weight", 1, 32), "v_head.summary.weight"),
     "an old mask": (_add("model.layers.0.self_attn.masked_bias", 1), None),
+    "a NaN": (_break(QUERY, math.nan, 3, 5), f"tensor {QUERY} holds nan at [3, 5] (1 of its "),
+    "an infinity": (
+        _break("model.norm.weight", -math.inf, 7),
+        "model.safetensors: tensor model.norm.weight holds -inf at [7] (1 of its 32 values are",
+    ),
+    "NaN in a row of the vocabulary": (
+        _break(EMBEDDING, math.nan, SIZES["vocab_size"] - 1),
+        f"tensor {EMBEDDING} holds nan at [60, 0] (32 of its 1,952 values",
+    ),
     "anything": (_add("model.surprise", 3), "model.surprise"),
 }
 ONLY_TIED: Changes = {

@@ -825,6 +825,27 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_tokenizer.py::test_ids_are_those_of_the_file_whatever_the_class",),
     ),
     Mutant(
+        name="evaluation-without-a-look-at-transformers-tokenizer",
+        claim="token ids are those of `tokenizer.json`",
+        old="for warning in sources.check_tokenizers(problem_sets.values()):",
+        new="for warning in ():",
+        tests=("test_evaluate.py::test_command_warns_of_ids_that_transformers_reads_differently",),
+    ),
+    Mutant(
+        name="special-tags-hidden-from-grading",
+        claim="tags such as `<think>` count in grading",
+        old="if token.special and (token.content in named or not _TAG.fullmatch(token.content))",
+        new="if token.special",
+        tests=("test_sources.py",),
+    ),
+    Mutant(
+        name="supervised-responses-end-with-the-first-stop-id",
+        claim="supervised training ends each response with one stop token",
+        old='token_id, reason = found[0], "which',
+        new='token_id, reason = stop_ids[0], "which',
+        tests=("test_response_end.py",),
+    ),
+    Mutant(
         name="weights-known-by-name",
         claim="a run's inputs are known by content",
         old="digest.update(tensor.flatten().view(torch.uint8).numpy())",
@@ -837,6 +858,13 @@ MUTANTS: tuple[Mutant, ...] = (
         old="x.unflatten(0, (-1, length)).transpose(1, 2) for x in part",
         new="x.unflatten(0, (1, -1)).transpose(1, 2) for x in part",
         tests=("test_models.py::test_logits_agree_with_transformers",),
+    ),
+    Mutant(
+        name="weights-vouched-for-by-name-size-and-modification-time",
+        claim="a run's inputs are known by content",
+        old="[path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]",
+        new="[path.rpartition('/')[2], stat.st_size, stat.st_mtime_ns]",
+        tests=("test_digest.py", "test_checkpoint.py::test_run_folder_of_another_run_is_refused"),
     ),
     Mutant(
         name="date-of-a-template-from-the-clock-at-each-start",
@@ -931,6 +959,13 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("test_weight_rule.py",),
     ),
     Mutant(
+        name="weights-with-nan-are-read",
+        claim="a folder's weights give the logits of transformers",
+        old="if not torch.stack(param.aminmax()).isfinite().all():",
+        new="if False:",
+        tests=("test_weight_rule.py",),
+    ),
+    Mutant(
         name="index-before-a-single-file",
         claim="a folder's weights give the logits of transformers",
         old="if (path / SINGLE_FILE).is_file():\n            self._add",
@@ -943,6 +978,23 @@ MUTANTS: tuple[Mutant, ...] = (
         old="is_short and (own_types",
         new='getattr(config, "use_sliding_window", False) and is_short and (own_types',
         tests=("test_config_rule.py", "test_families.py"),
+    ),
+    Mutant(
+        name="rope-parameters-from-one-place-alone",
+        claim="500 changed configurations are refused by name",
+        old="config.standardize_rope_params()",
+        new="config.rope_parameters",
+        tests=("test_config_rule.py",),
+    ),
+    Mutant(
+        name="a-model-that-sees-later-tokens-read-as-causal",
+        claim="500 changed configurations are refused by name",
+        old='"is_causal": _CAUSAL,',
+        new="",
+        tests=(
+            "test_config_rule.py"
+            "::test_no_key_that_transformers_looks_for_changes_a_model_in_silence",
+        ),
     ),
     Mutant(
         name="pointer-read-as-weights",

@@ -20,7 +20,14 @@ from safetensors.torch import load_file
 from tests.layouts import LAYOUTS, ONE_RANK, Layout, ProbeResult, write_inputs
 from tests.ranks import run_distributed
 from tests.runs import make_trainer, read_metrics, run_module, train, weights_digest
-from tests.tiny import CHARACTERS, SPECIAL_TOKENS, make_checkpoint, make_tokenizer
+from tests.tiny import (
+    CHARACTERS,
+    END_OF_TEXT,
+    IM_END,
+    SPECIAL_TOKENS,
+    make_checkpoint,
+    make_tokenizer,
+)
 from trb_megatron.config.reading import load_config
 
 
@@ -167,6 +174,30 @@ def test_student_that_is_its_own_teacher_has_nothing_to_learn(
 def test_supervised_training_learns(config_file: Path, variant_runs: dict[str, int]) -> None:
     losses = [row["loss"] for row in read_metrics(config_file.parent / "supervised")]
     assert losses[-1] < 0.4 * losses[0]
+
+
+def _given_responses(config_file: Path, options: tuple[str, ...]) -> tuple[list[Any], str]:
+    """The rollouts of supervised training, and what the start says."""
+    with redirect_stdout(StringIO()) as output:
+        trainer = make_trainer(config_file, options)
+    return [r.response_ids for r in trainer.rollout(trainer.prompts(), None)], output.getvalue()
+
+
+def test_supervised_responses_end_as_a_turn_of_the_template_does(tmp_path: Path) -> None:
+    """Not with the first stop id, and not with two."""
+    config_file = write_inputs(tmp_path)
+    shutil.rmtree(tmp_path / "student")
+    make_checkpoint(tmp_path / "student", eos_token_id=[END_OF_TEXT, IM_END])
+    rows = [{"prompt": "1+1=?", "response": r} for r in ("2", "2<|im_end|>", "2<|endoftext|>")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = (
+        *("training.task=supervised", "loss.name=cross_entropy", "data.shuffle=false"),
+        *("data.response_column=response", "training.prompts_per_step=3"),
+    )
+    responses, said = run_distributed(_given_responses, 1, config_file, options)[0]
+    two = make_tokenizer().convert_tokens_to_ids("2")
+    assert responses == [(two, IM_END), (two, IM_END), (two, END_OF_TEXT)]
+    assert "\nresponses end with '<|im_end|>' (id 2), which ends a turn in the chat" in said
 
 
 def _make_large_vocabulary(folder: Path) -> Path:

@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
                 sources = ModelSources.read(config, with_teacher=False)
                 config = with_template_date(config, sources.tokenizer, _tell)
                 problem_sets = load_problem_sets(config, sources.tokenizer)
+                for warning in sources.check_tokenizers(problem_sets.values()):
+                    _tell(f"warning: {warning}")
                 models = Models.load(sources, config, layout, say=_tell)
             engine = RolloutEngine(models.student, None, layout, config.rollout)
             with setup_errors():
@@ -144,12 +146,21 @@ def _config_and_overrides(options: argparse.Namespace) -> tuple[str | None, list
     config = None if options.config is None or is_override(options.config) else options.config
     if files:
         sets = {name: {"path": file} for name, file in _name_sets(files).items()}
-        overrides.insert(0, f"evaluation.sets={json.dumps(sets)}")
+        overrides.insert(0, f"evaluation.sets={_as_yaml(sets)}")
     if options.student is not None:
-        overrides.insert(0, f"student.path={json.dumps(options.student)}")
+        overrides.insert(0, f"student.path={_as_yaml(options.student)}")
     elif config is None and not any(word.startswith("student.path=") for word in overrides):
         raise ValueError("which model? name its folder by --student DIR, or give a CONFIG.yaml")
     return config, overrides
+
+
+def _as_yaml(value: Any) -> str:
+    """A value on one line, read back equal whatever characters its text holds."""
+    import yaml
+
+    return yaml.safe_dump(
+        value, default_style='"', default_flow_style=True, sort_keys=False, width=float("inf")
+    ).strip()
 
 
 def _name_sets(files: Sequence[str]) -> dict[str, str]:
@@ -168,7 +179,8 @@ def _name_sets(files: Sequence[str]) -> dict[str, str]:
     sets: dict[str, str] = {}
     for path, file in zip(paths, files, strict=True):
         parts = [path.parent.name] if stems.count(path.stem) > 1 and path.parent.name else []
-        name = re.sub(r"[^A-Za-z0-9_-]+", "-", "-".join([*parts, path.stem])) or "problems"
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", "-".join([*parts, path.stem]))
+        name = name.strip("-") or "problems"
         if name in sets:
             raise ValueError(
                 f"--problems: {sets[name]} and {file} would both be called {name}; name them by "

@@ -33,7 +33,7 @@ from trb_megatron.config.reading import parse_config
 from trb_megatron.distributed.layout import ParallelLayout, is_rank_zero, say
 from trb_megatron.evaluation.evaluator import Evaluator, load_problem_sets
 from trb_megatron.evaluation.rewards import RewardWorkers
-from trb_megatron.huggingface.tokenizer import check_ids, difference_in_transformers
+from trb_megatron.huggingface.response_end import ResponseEnd
 from trb_megatron.models.layers import flash_attention_version
 from trb_megatron.models.pair import Models
 from trb_megatron.models.sources import DTYPES, ModelSources
@@ -55,8 +55,6 @@ from trb_megatron.run.inputs import check_same_inputs, digest_inputs, weights_of
 from trb_megatron.run.template_date import with_template_date
 from trb_megatron.update.optimizer import build_optimizer, wrap_student
 
-_NUM_CHECKED_PROMPTS = 1000
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -64,6 +62,7 @@ class Setup:
 
     Attributes:
         rewards: grading processes on the leader of each replica, None on other ranks.
+        response_end: how supervised training ends its responses; None in distillation.
         student_ddp: the student with gradient buffers, in Megatron's DistributedDataParallel.
         lock: keeps other jobs out of the run's folder while it is open.
         state: of the newest good checkpoint, or of a run that has not begun.
@@ -74,6 +73,7 @@ class Setup:
     rewards: RewardWorkers | None
     sources: ModelSources
     prompt_set: PromptSet
+    response_end: ResponseEnd | None
     models: Models
     student_ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
@@ -105,7 +105,9 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
         say(f"problems {name}: {problems.summary}; {len(problems.too_long):,} too long")
         for warning in problems.warnings:
             say(f"warning: {name}: {warning}")
-    _check_tokenizers(sources, prompt_set)
+    for warning in sources.check_tokenizers([prompt_set, *problem_sets.values()]):
+        say(f"warning: {warning}")
+    response_end = None if config.is_distilling else _find_response_end(config, sources)
 
     models = Models.load(sources, config, layout, say=say)
     _check_counts(plan, models, layout)
@@ -144,6 +146,7 @@ def set_up(config: Config, layout: ParallelLayout, rewards: RewardWorkers | None
         rewards=rewards,
         sources=sources,
         prompt_set=prompt_set,
+        response_end=response_end,
         models=models,
         student_ddp=student_ddp,
         optimizer=optimizer,
@@ -225,13 +228,13 @@ def _read_prompts(config: Config, sources: ModelSources) -> PromptSet:
     return prompt_set
 
 
-def _check_tokenizers(sources: ModelSources, prompt_set: PromptSet) -> None:
-    """Make sure that both models' files give the prompts' ids; say where transformers doesn't."""
-    prompts = prompt_set.prompts[:_NUM_CHECKED_PROMPTS]
-    texts = [str(sources.tokenizer.decode(list(prompt.token_ids))) for prompt in prompts]
-    check_ids([model.path for model in sources.models.values()], sources.tokenizer, texts)
-    if is_rank_zero() and (found := difference_in_transformers(sources.student.path, texts)):
-        say(f"warning: {found}")
+def _find_response_end(config: Config, sources: ModelSources) -> ResponseEnd:
+    """The stop token that supervised training puts behind its responses; said."""
+    data = config.data
+    options = data.chat_template_kwargs if data.apply_chat_template else None
+    response_end = ResponseEnd.find(sources.tokenizer, sources.stop_ids, options)
+    say(str(response_end))
+    return response_end
 
 
 def _resume(

@@ -86,6 +86,7 @@ class Trainer:
         self.timer = PhaseTimer()
         self.memory = PeakMemory()
         self._state = setup.state
+        self._response_end = setup.response_end
         self._order = PromptOrder(
             len(self.prompt_set.prompts), self.config.run.seed, self.config.data.shuffle
         )
@@ -237,9 +238,9 @@ class Trainer:
             return {"optim/lr": lr, "optim/grad_norm": float(grad_norm)}
 
     def _given_response(self, prompt: Prompt) -> Rollout:
-        """The response that supervised training imitates, with a stop id behind it."""
-        assert prompt.response_ids is not None
-        response_ids = (*prompt.response_ids, self.sources.stop_ids[0])
+        """The response that supervised training imitates, with a stop id at its end."""
+        assert prompt.response_ids is not None and self._response_end is not None
+        response_ids = self._response_end.close(prompt.response_ids)
         return Rollout(prompt.index, 0, prompt.token_ids, response_ids, stopped=True)
 
     # ------------------------------------------------------------------ between the steps

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,45 @@ def test_command_evaluates_as_training_does(tmp_path: Path) -> None:
     without = run_module("trb_megatron.evaluate", *settings, *options)
     assert json.loads(without.stdout) == expected
     assert "\nin the student's chat template, without a system prompt of ours\n" in without.stderr
+
+
+# Characters beyond 16 bits, those with a meaning in YAML, and those that end a line in it.
+NAMES = ("模型😀", "q: {x} # 'y' \"z\" \\n &a *b", "e\x85\u2028\x7f", "null")
+
+
+def test_files_are_named_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "".join(NAMES)
+    folder.mkdir()
+    student = make_checkpoint(folder / NAMES[0])
+    files = [make_prompts(folder / f"{name}.jsonl", 1) for name in NAMES]
+    options = ["data.system_prompt=null", "data.max_prompt_tokens=60"]
+    done = run_module(
+        "trb_megatron.evaluate",
+        *("--student", str(student), "--problems", *map(str, files)),
+        *(*options, "evaluation.max_response_tokens=1"),
+    )
+    assert done.returncode == 0, done.stderr
+    scores = {name.split("/")[1] for name in json.loads(done.stdout)}
+    assert scores == {"problems", "q-x-y-z-n-a-b", "e", "null"}
+    for file in files:
+        assert f": 1 rows of {file}, columns" in done.stderr
+
+
+def test_command_warns_of_ids_that_transformers_reads_differently(
+    tmp_path: Path, write_tokenizer: Callable[..., Path]
+) -> None:
+    """As training does; the ids are those of the file."""
+    student = make_checkpoint(tmp_path / "student", vocab_size=320, max_positions=2000)
+    (student / "chat_template.jinja").unlink()
+    write_tokenizer(student, additional_special_tokens=["<think>"])
+    problems = make_prompts(tmp_path / "sums.jsonl", 1)
+    options = ["data.system_prompt=null", "evaluation.max_response_tokens=1"]
+    done = run_module(
+        "trb_megatron.evaluate", "--student", str(student), "--problems", str(problems), *options
+    )
+    assert done.returncode == 0, done.stderr
+    warning = f"warning: transformers' AutoTokenizer reads other ids from {student} than "
+    assert done.stderr.count(warning) == 1
 
 
 PROBLEMS = ("--problems", "p.jsonl")

@@ -77,6 +77,8 @@ def folder(tmp_path: Path) -> Path:
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "reads a mistral model"),
         ({"hidden_act": ["silu"]}, 'hidden_act is ["silu"]; expected text'),
         ({"pad_token_id": 64}, "pad_token_id=64 is not in the vocabulary of 64"),
+        ({"is_causal": False}, "is_causal is false; expected true, or no such key: a model whose"),
+        ({"is_causal": None}, "is_causal is null; expected true"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder is not supported"),
     ],
     ids=str,

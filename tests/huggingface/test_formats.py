@@ -137,6 +137,34 @@ def test_the_command_for_an_adapter_takes_its_own_tokenizer(
     assert arguments == [str(tmp_path), f"{tmp_path}-safetensors"]
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["adapter_config.json", "adapter_model.safetensors"],
+        ["adapter_config.json", "adapter_model.bin"],
+        ["adapter_config.json"],
+        ["adapter_model.safetensors"],
+    ],
+)
+def test_an_adapter_beside_a_whole_model_is_refused(
+    names: list[str], is_sharded: bool, tmp_path: Path
+) -> None:
+    """transformers with peft would load both; running the command needs peft, too."""
+    folder = make_checkpoint(tmp_path / "m")
+    if is_sharded:
+        weights = (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        index = {"weight_map": dict.fromkeys(load_file(weights), weights.name)}
+        (folder / INDEX_FILE).write_text(json.dumps(index))
+    assert read_hf_config(folder).num_layers == 2
+    for name in names:
+        (folder / name).write_text("{}")
+    message = refusal(folder)
+    assert f"an adapter ({', '.join(names)}) lies beside a whole model" in message
+    assert "Move these files elsewhere" in message
+    assert command(message)[3:] == [str(folder), f"{folder}-merged"]
+
+
 def test_the_command_for_pickles_makes_a_folder_that_can_be_used(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "a model")
     expected = load_file(folder / "model.safetensors")

@@ -217,9 +217,41 @@ def test_what_transformers_reads_differently_is_said(
     found = difference_in_transformers(folder)
     assert found is not None
     assert f"reads other ids from {folder} than tokenizer.json says: Qwen2Tokenizer gives" in found
+    assert found.endswith("; there, load it by PreTrainedTokenizerFast.from_pretrained(...)")
     plain = write_tokenizer(tmp_path / "plain")
     (plain / "config.json").write_text('{"model_type": "llama"}')
     assert difference_in_transformers(plain, ["the cat"]) is None
+
+
+FLAGS = {"single_word": False, "lstrip": True, "rstrip": True, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    ("edit", "settings", "token"),
+    [
+        (_add_token, {"added_tokens_decoder": {"289": {"content": "<think>", **FLAGS}}}, "<think>"),
+        (None, {"additional_special_tokens": ["<think>"]}, "<think>"),
+        (None, {"split_special_tokens": True}, "<|im_end|>"),
+    ],
+)
+def test_added_tokens_that_other_files_change_are_said(
+    tmp_path: Path,
+    write_tokenizer: Callable[..., Path],
+    edit: Callable[[dict[str, Any]], None] | None,
+    settings: dict[str, Any],
+    token: str,
+) -> None:
+    """The ids are those of tokenizer.json, and transformers' others are a warning."""
+    folder = write_tokenizer(tmp_path, edit, **settings)
+    tokenizer = load_tokenizer(folder)
+    text = f"the {token} of the <|im_start|> cat"
+    of_file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    expected = of_file.encode(text, add_special_tokens=False).ids
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+    check_ids([folder], tokenizer, [text])
+    found = difference_in_transformers(folder)
+    assert found is not None and f"reads other ids from {folder} than tokenizer.json" in found
+    assert "take that out for both to agree" in found
 
 
 def test_other_ids_of_a_folder_are_refused(

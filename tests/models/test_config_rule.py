@@ -1,15 +1,18 @@
-"""500 changes of real configurations: refused by name, or with the logits of transformers."""
+"""Changes of real configurations: refused by name, or with the logits of transformers."""
 
 import json
 import logging
 import random
 import shutil
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
@@ -149,6 +152,12 @@ MORE_KEYS = (
     *["auto_map", "num_labels", "id2label", "attn_implementation", "pad_token_id", "model_type"],
     *["mlp_only_layers", "qk_norm", "rope_type", "decoder", "compression_config"],
 )
+LLAMA3 = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention", "mamba", None)
 
 
@@ -179,13 +188,41 @@ def _rope(rng: random.Random) -> dict[str, Any]:
     return {"full_attention": rope} if rng.random() < 0.1 else rope
 
 
+def _scatter(config: dict[str, Any], rng: random.Random) -> None:
+    """Put a rope parameter beside the others, into them, or into both places with two values."""
+    where = rng.choice(["rope_scaling", "rope_parameters"])
+    if not config.get(where):
+        config[where] = {"rope_type": "llama3", **LLAMA3}
+    key = rng.choice([*LLAMA3, "rope_theta", "rope_type", "partial_rotary_factor"])
+    if rng.random() < 0.5:
+        config[where] = {**config[where], key: _rope_value(key, rng)}
+    if rng.random() < 0.75:
+        config[key] = _rope_value(key, rng)
+
+
+def _rope_value(key: str, rng: random.Random) -> Any:
+    """A value that a rope parameter may have."""
+    values: dict[str, list[Any]] = {
+        "rope_type": ["default", "linear", "llama3"],
+        "factor": [2.0, 8.0],
+        "low_freq_factor": [1.0, 2.0],
+        "high_freq_factor": [4.0, 8.0],
+        "original_max_position_embeddings": [16, 32],
+        "rope_theta": [1e4, 500.0],
+        "partial_rotary_factor": [1.0, 0.5],
+    }
+    return rng.choice(values[key])
+
+
 def _change(config: dict[str, Any], rng: random.Random) -> None:
     kind = rng.random()
-    if kind < 0.15:
+    if kind < 0.1:
+        _scatter(config, rng)
+    elif kind < 0.2:
         config.pop(rng.choice(sorted(config)), None)
-    elif kind < 0.3:
+    elif kind < 0.33:
         config[rng.choice(["rope_scaling", "rope_parameters"])] = _rope(rng)
-    elif kind < 0.4:
+    elif kind < 0.42:
         config["layer_types"] = [rng.choice(LAYER_TYPES) for _ in range(rng.choice([2, 2, 3]))]
     elif kind < 0.5:
         config |= {"sliding_window": rng.choice([8, 64, 128, None]), "use_sliding_window": True}
@@ -295,3 +332,73 @@ def test_changed_configurations_agree_with_transformers_or_are_refused_by_name(
         f"logits of transformers, {counts[True, False]} with its frequencies"
     )
     assert counts[False, False] > 100 and counts[True, True] > 100
+
+
+# ---------------------------------------------------------------- keys that nobody lists
+
+ELSEWHERE: tuple[Any, ...] = (False, True, 3, "text")
+
+
+@torch.no_grad()
+def _their_logits(config: Any, weights: dict[str, Tensor] | None) -> tuple[Tensor, Any]:
+    """transformers' logits with these weights, or random ones, and its model."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if weights is None:
+        for parameter in model.parameters():
+            parameter.data.uniform_(-0.5, 0.5)
+    else:
+        model.load_state_dict(weights)
+    return model(torch.arange(NUM_TOKENS)[None] * 7 % config.vocab_size, return_dict=True)[0], model
+
+
+def _names_read(config: Any, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of values that transformers looks for while it builds and runs a model."""
+    names: set[str] = set()
+    plain = PreTrainedConfig.__getattribute__
+
+    def read(self: PreTrainedConfig, name: str) -> Any:
+        names.add(name)
+        return plain(self, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PreTrainedConfig, "__getattribute__", read)
+        _their_logits(config, None)
+    return {
+        name
+        for name in names
+        if not name.startswith("__") and not callable(getattr(type(config), name, None))
+    }
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_no_key_that_transformers_looks_for_changes_a_model_in_silence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that no class lists, and that is read where it happens to be there."""
+    published, file = PUBLISHED[name], tmp_path / "config.json"
+    file.write_text(json.dumps(published))
+    base = AutoConfig.from_pretrained(tmp_path)
+    names = _names_read(base, monkeypatch)
+    assert {"is_causal", "hidden_size", "rope_parameters"} <= names
+    expected_TV, model = _their_logits(base, None)
+    ours, num_refused, wrong = read_hf_config(tmp_path), 0, []
+    for key, value in product(sorted(names - set(published)), ELSEWHERE):
+        file.write_text(json.dumps({**published, key: value}))
+        try:
+            changed = read_hf_config(tmp_path)
+        except CheckpointError as error:
+            assert str(error).startswith(f"{file}: ")
+            num_refused += 1
+            continue
+        try:
+            theirs = AutoConfig.from_pretrained(tmp_path)
+            logits_TV, now = _their_logits(theirs, model.state_dict())
+        except Exception:  # transformers does not load it in silence
+            continue
+        inv_freq = now.model.rotary_emb.inv_freq
+        is_same = torch.equal(logits_TV, expected_TV) if changed == ours else True
+        if not is_same or not torch.allclose(torch.tensor(changed.inv_freq), inv_freq):
+            wrong.append((key, value))
+    assert not wrong
+    assert num_refused > 0

@@ -64,7 +64,10 @@ class _Warnings(logging.Handler):
 
 @torch.no_grad()
 def transformers_logits(path: Path) -> tuple[Tensor | None, bool]:
-    """transformers' logits, and whether it had nothing to warn of; None where it fails."""
+    """transformers' logits, and whether it had nothing to warn of; None where it fails.
+
+    Logits that are not finite count as a warning.
+    """
     heard, logger = _Warnings(), logging.getLogger("transformers")
     logger.addHandler(heard)
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -75,7 +78,8 @@ def transformers_logits(path: Path) -> tuple[Tensor | None, bool]:
     finally:
         logger.removeHandler(heard)
     is_quiet = heard.number == 0 and not found["missing_keys"] and not found["unexpected_keys"]
-    return model.eval()(TOKENS).logits[0], is_quiet
+    logits_TV = model.eval()(TOKENS).logits[0]
+    return logits_TV, is_quiet and bool(logits_TV.isfinite().all())
 
 
 def our_logits(path: Path, layout: ParallelLayout) -> tuple[Tensor | None, str]:

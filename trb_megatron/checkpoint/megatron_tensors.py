@@ -271,6 +271,10 @@ class MegatronTensors:
         )
         return _HFSlice(param, name, full)
 
+    def locate(self, name: str) -> Path:
+        """The folder: a tensor lies in several of its files."""
+        return self.path
+
     def _entry(self, key: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata):

@@ -80,7 +80,7 @@ class GradedResponse:
     Attributes:
         prompt: the problem, whose `index` is its row in the file.
         sample: number of the response among those to the problem, from 0.
-        text: without special tokens.
+        text: without special tokens other than tags.
         text, rollout: None if the problem was too long for a response.
     """
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from trb_megatron.evaluation.notation import closing_brace, plain_characters, unwrap
 
-_THINKING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+_THINKING = re.compile(r"[<\[](/?)(?:think|thinking|thought|reasoning)[>\]]", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(\{)?")
 _BARE = re.compile(r"-?[\d.,/]*\d|[a-zA-Z](?![a-zA-Z])")  # TeX boxes one token: \boxed 5
 _TAG = re.compile(r"<answer>(?:(.*?)(</answer>)|(?!.*<answer>))", re.IGNORECASE | re.DOTALL)

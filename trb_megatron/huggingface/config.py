@@ -114,6 +114,8 @@ def read_hf_config(path: Path) -> HFModelConfig:
             f"{config.model_type}, which is not supported; remove layer_types if all layers are "
             "full_attention"
         )
+    # As every rotary embedding with a scaling does: a value beside the parameters goes before them.
+    config.standardize_rope_params()
     for feature, is_used in _unsupported_features(config).items():
         if is_used:
             raise CheckpointError(f"{file}: {feature} is not supported")

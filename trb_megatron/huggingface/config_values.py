@@ -2,7 +2,7 @@
 
 transformers takes a negative size, `true` for a number and rope parameters of any kind, and fails
 later, without the key. Keys that are not listed here have no effect on the model, or transformers
-checks their type and names them.
+checks their type and names them; `is_causal` has one in every family, though no class lists it.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ def _list_of(item: _Expected) -> _Expected:
 _TEXT = _Expected("text", lambda value: isinstance(value, str))
 _BOOLEAN = _Expected("true or false", lambda value: isinstance(value, bool))
 _MAPPING = _Expected("a mapping", lambda value: isinstance(value, dict))
+_CAUSAL = _Expected(
+    "true, or no such key: a model whose tokens see later ones is not supported",
+    lambda value: value is True,
+)
 _WIDTH = _integer(1, 2**22)
 _POSITIONS = _integer(1, 2**40)
 _POSITIVE = _number("a number above 0", lambda value: 0 < value <= 1e15)
@@ -84,6 +88,7 @@ _CONFIG = {
     "rope_parameters": _or_null(_MAPPING),
     "layer_types": _or_null(_list_of(_TEXT)),
     "hidden_act": _TEXT,
+    "is_causal": _CAUSAL,
     "tie_word_embeddings": _BOOLEAN,
     "attention_bias": _BOOLEAN,
     "mlp_bias": _BOOLEAN,

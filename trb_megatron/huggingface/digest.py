@@ -13,9 +13,17 @@ _MAX_THREADS = 8
 
 
 def file_stamps(tensors: HFTensors) -> list[list[str | int]]:
-    """Name, bytes and time of change of each file: while they stay, so does the content."""
-    stats = [(file.name, file.stat()) for file in tensors.files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    """Where each file lies, its size and times: while they stay, so does the content.
+
+    Unpacked archives and images give other files the same names, sizes and modification times. The
+    change time, which nobody can set, and the file itself (device, inode) tell them apart.
+    """
+    files = [file.resolve() for file in tensors.files]
+    stats = [(str(file), file.stat()) for file in files]
+    return [
+        [path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        for path, stat in stats
+    ]
 
 
 def digest_share(

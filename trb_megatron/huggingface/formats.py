@@ -32,6 +32,14 @@ _FROM_ADAPTER = (
     "AutoTokenizer as T; s, o = sys.argv[1:]; m = M.from_pretrained(s); {tokenizer}; "
     "T.from_pretrained(t).save_pretrained(o); m.merge_and_unload().save_pretrained(o)"
 )
+# transformers loads both unless the adapter is looked for where it is not.
+_FROM_MODEL_AND_ADAPTER = (
+    "import sys; from peft import PeftModel as P; from transformers import AutoModelForCausalLM as "
+    "M, AutoTokenizer as T; s, o = sys.argv[1:]; m = M.from_pretrained(s, adapter_kwargs="
+    "{'subfolder': 'none'}); P.from_pretrained(m, s).merge_and_unload().save_pretrained(o); "
+    "T.from_pretrained(s).save_pretrained(o)"
+)
+_ADAPTER = ("adapter_config.json", "adapter_model.*")
 _ORIGINAL = "take the model's Hugging Face version, which has safetensors"
 _OLD = (
     "if there is none, write it with transformers 4, in an environment of its own: "
@@ -65,7 +73,7 @@ _SIDE_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
 def refuse_other_formats(path: Path) -> None:
-    """Refuse what is no folder, is empty, has weights but no safetensors, or Git LFS pointers.
+    """Refuse what is no folder or empty, weights but no safetensors, adapters, Git LFS pointers.
 
     A folder without any weights passes: its configuration and tokenizer can be read.
 
@@ -83,17 +91,20 @@ def refuse_other_formats(path: Path) -> None:
     for pattern in (weights, *_SIDE_FILES):
         for file in sorted(path.glob(pattern)):
             refuse_lfs_pointer(file)
-    if (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
-        return
     files = [file for file in path.iterdir() if file.is_file()]
+    adapter = sorted(f.name for f in files if any(f.match(pattern) for pattern in _ADAPTER))
+    if (path / SINGLE_FILE).is_file() or (path / INDEX_FILE).is_file():
+        if adapter:
+            raise CheckpointError(_both_message(path, adapter))
+        return
     if not any(path.iterdir()):
         raise CheckpointError(
             f"{path}: empty; a model folder has config.json, {SINGLE_FILE} and a tokenizer"
         )
     if ggufs := [file for file in files if file.suffix == ".gguf"]:
         raise CheckpointError(_gguf_message(max(ggufs, key=lambda file: file.stat().st_size)))
-    if any(file.match("adapter_model.*") for file in files):
-        raise CheckpointError(_adapter_message(path))
+    if adapter:
+        raise CheckpointError(_adapter_message(path, adapter[0]))
     if pickles := sorted(file.name for file in files if file.match("pytorch_model*.bin")):
         raise CheckpointError(
             f"{path}: the weights are pickles ({pickles[0]}), which could run code and are never "
@@ -117,19 +128,28 @@ def _gguf_message(file: Path) -> str:
     )
 
 
-def _adapter_message(path: Path) -> str:
+def _both_message(path: Path, adapter: list[str]) -> str:
+    return (
+        f"{path}: an adapter ({', '.join(adapter)}) lies beside a whole model, and transformers "
+        "with peft would load both. Move these files elsewhere if you mean the model without it, "
+        "or merge both (pip install peft):\n"
+        + _command(_FROM_MODEL_AND_ADAPTER, path, _beside(path, "merged"))
+    )
+
+
+def _adapter_message(path: Path, file: str) -> str:
     own = (path / "tokenizer_config.json").is_file()
     tokenizer = "t = s" if own else "t = m.peft_config['default'].base_model_name_or_path"
     return (
-        f"{path}: an adapter (adapter_model) is no whole model. Merge it into its base model "
+        f"{path}: an adapter ({file}) is no whole model. Merge it into its base model "
         "(pip install peft):\n"
         + _command(_FROM_ADAPTER.format(tokenizer=tokenizer), path, _beside(path))
     )
 
 
-def _beside(path: Path) -> Path:
+def _beside(path: Path, ending: str = "safetensors") -> Path:
     """A folder for the result, next to its source."""
-    return path.with_name(f"{path.name}-safetensors")
+    return path.with_name(f"{path.name}-{ending}")
 
 
 def _command(code: str, *arguments: object) -> str:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -92,6 +92,14 @@ def refuse_lfs_pointer(file: Path) -> None:
             )
 
 
+class _Stored(NamedTuple):
+    """Where a tensor lies: in an opened file, under a name."""
+
+    handle: Any
+    name: str
+    file: Path
+
+
 class HFTensors:
     """The safetensors files of a checkpoint folder, memory-mapped and read where they are sliced.
 
@@ -109,7 +117,7 @@ class HFTensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         refuse_partial(path)
-        self._stored: dict[str, tuple[Any, str]] = {}
+        self._stored: dict[str, _Stored] = {}
         self._file_names: list[str] = []
         self.absent: dict[str, str] = {}
         if (path / SINGLE_FILE).is_file():
@@ -127,8 +135,10 @@ class HFTensors:
         self._file_names.append(name)
         for tensor in handle.keys():
             other = self._stored.get(tensor)
-            self._stored[tensor] = (handle, tensor)
-            if other is not None and not _are_equal(self.slice(tensor), other[0].get_slice(tensor)):
+            self._stored[tensor] = _Stored(handle, tensor, self.path / name)
+            if other is not None and not _are_equal(
+                self.slice(tensor), other.handle.get_slice(tensor)
+            ):
                 raise CheckpointError(
                     f"{self.path / name}: tensor {tensor} has other values in another file of "
                     f"{INDEX_FILE}; keep one of them"
@@ -160,8 +170,12 @@ class HFTensors:
 
     def slice(self, name: str) -> Any:
         """A lazy slice of a tensor: index it to read."""
-        handle, stored_name = self._stored[name]
-        return handle.get_slice(stored_name)
+        stored = self._stored[name]
+        return stored.handle.get_slice(stored.name)
+
+    def locate(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._stored[name].file
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from its file's header."""

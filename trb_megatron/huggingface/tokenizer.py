@@ -50,6 +50,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{path}: needs a fast tokenizer (a {TOKENIZER_FILE})")
     if has_file:
+        tokenizer.split_special_tokens = False  # an option of another file
         _check_added_tokens(Path(path), tokenizer.get_vocab())
     return tokenizer
 
@@ -251,25 +252,36 @@ def difference_in_transformers(path: Path, texts: Sequence[str] = ()) -> str | N
     """How transformers' own reading of a folder gives other ids than `tokenizer.json`, if it does.
 
     Args:
-        texts: on which ids are compared, besides some that are hard to tokenize.
+        texts: on which ids are compared, besides some that are hard to tokenize and all added
+            tokens.
     """
     if not (path / TOKENIZER_FILE).is_file():
         return None
+    safe: Any = {"local_files_only": True, "trust_remote_code": False}
     ours = load_tokenizer(path)
-    theirs = AutoTokenizer.from_pretrained(
-        str(path), local_files_only=True, trust_remote_code=False
-    )
-    for text in (*PROBES, *texts):
-        ids = [
-            t(text, add_special_tokens=False, verbose=False)["input_ids"] for t in (ours, theirs)
-        ]
-        if ids[0] != ids[1]:
-            return (
-                f"transformers' AutoTokenizer reads other ids from {path} than {TOKENIZER_FILE} "
-                f"says: {type(theirs).__name__} gives {len(ids[1])} instead of {len(ids[0])} for "
-                f"{text[:40]!r}; there, load it by PreTrainedTokenizerFast.from_pretrained(...)"
-            )
+    theirs = AutoTokenizer.from_pretrained(str(path), **safe)
+    added = {*ours.get_added_vocab(), *theirs.get_added_vocab()}
+    around_added = " ".join(f"the {token} of" for token in sorted(added))
+    for text in (*PROBES, around_added, *texts):
+        expected, found = _ids(ours, text), _ids(theirs, text)
+        if expected == found:
+            continue
+        advice = (
+            "tokenizer_config.json, special_tokens_map.json or added_tokens.json adds tokens or "
+            "changes them; take that out for both to agree"
+        )
+        if _ids(PreTrainedTokenizerFast.from_pretrained(str(path), **safe), text) == expected:
+            advice = "there, load it by PreTrainedTokenizerFast.from_pretrained(...)"
+        return (
+            f"transformers' AutoTokenizer reads other ids from {path} than {TOKENIZER_FILE} says: "
+            f"{type(theirs).__name__} gives {len(found)} instead of {len(expected)} for "
+            f"{text[:40]!r}; {advice}"
+        )
     return None
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:

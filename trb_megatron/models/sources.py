@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trb_megatron.behavior.stop_alignment import StopAlignment
 from trb_megatron.config.options import JobConfig
+from trb_megatron.distributed.layout import is_rank_zero
 from trb_megatron.huggingface.config import (
     HFModelConfig,
     check_layout,
@@ -18,18 +21,25 @@ from trb_megatron.huggingface.config import (
     read_hf_config,
 )
 from trb_megatron.huggingface.tokenizer import (
+    check_ids,
     check_same_tokenizer,
+    difference_in_transformers,
     load_tokenizer,
     stop_ids,
     tokenizer_digest,
     tokenizer_size,
 )
 from trb_megatron.models import fp8
+from trb_megatron.prompts.source import PromptSet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Type of parameters and activations, by `training.precision`."""
 
-_LONGEST_TAG = 8  # tokens
+# <think>, and [THINK] of Magistral; no <s>, <|im_end|> or <end_of_turn>
+_TAG = re.compile(r"</?[A-Za-z]{2,}>|\[/?THINK\]")
+_OPENED = re.compile(r"(?i:<(?:think|thinking|thought|reasoning|answer)>|\[THINK\])\Z")
+_LONGEST_OPENING = 20  # tokens
+_NUM_CHECKED_PROMPTS = 1000  # of each set
 
 
 @dataclass(frozen=True)
@@ -107,21 +117,49 @@ class ModelSources:
         """Ids that end a response: the student's own."""
         return self.alignment.student_ids
 
+    def check_tokenizers(self, prompt_sets: Iterable[PromptSet]) -> list[str]:
+        """Make sure that the models' files give the prompts' ids.
+
+        Returns:
+            On rank 0, where transformers would read other ids, for people to know.
+
+        Raises:
+            ValueError: names the folder and the first text whose ids differ.
+        """
+        prompts = [p for found in prompt_sets for p in found.prompts[:_NUM_CHECKED_PROMPTS]]
+        texts = [str(self.tokenizer.decode(list(prompt.token_ids))) for prompt in prompts]
+        check_ids([model.path for model in self.models.values()], self.tokenizer, texts)
+        found = difference_in_transformers(self.student.path, texts) if is_rank_zero() else None
+        return [] if found is None else [found]
+
+    @cached_property
+    def _hidden_ids(self) -> frozenset[int]:
+        """Special tokens that are no text: all but tags, some of which say where an answer is."""
+        tokenizer = self.tokenizer
+        named = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+        return frozenset(
+            token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.special and (token.content in named or not _TAG.fullmatch(token.content))
+        )
+
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a response, without special tokens and the stop id at its end."""
+        """Text of a response, without the stop id at its end and special tokens.
+
+        Tags such as `<think>` and `</answer>` are text, also where a tokenizer calls them special.
+        """
         ids = list(token_ids)
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode([i for i in ids if i not in self._hidden_ids]))
 
     def decode_to_grade(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         """Text of a response, behind the `<think>` with which a chat template may end the prompt.
 
         Without it, a response that was cut off while thinking would look like an answer.
         """
-        end_of_prompt = self.decode(prompt_ids[-_LONGEST_TAG:]).rstrip()
-        opening = "<think>" if end_of_prompt.endswith("<think>") else ""
-        return opening + self.decode(response_ids)
+        opened = _OPENED.search(self.decode(prompt_ids[-_LONGEST_OPENING:]).rstrip())
+        return (opened[0] if opened else "") + self.decode(response_ids)
 
 
 def _check_lengths(

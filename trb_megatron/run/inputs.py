@@ -35,8 +35,8 @@ def digest_inputs(
 ) -> dict[str, str]:
     """Digests of a run's models, tokenizer, prompts and problems, by what they are of.
 
-    Weights are read once: afterwards `inputs.json` in the run's folder vouches for files of the
-    same names, sizes and times. Collective over all ranks, each of which reads a share.
+    Weights are read once: afterwards `inputs.json` in the run's folder vouches for files with the
+    same stamps (see `file_stamps`). Collective over all ranks, each of which reads a share.
 
     Raises:
         RunFolderError: the folder cannot be written to.
