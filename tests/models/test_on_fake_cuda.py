@@ -48,7 +48,7 @@ def load(folder: Path) -> set[tuple[str, torch.dtype]]:
 
     layout = join_fake_world()
     config = read_hf_config(folder)
-    with fake_cuda({}):
+    with fake_cuda({"fill_model": 1.0}):
         model = build_model(config, layout, vocab_size=128, dtype=torch.bfloat16)
         load_hf_weights(model, config, layout)
         return {(param.device.type, param.dtype) for param in model.parameters()}
