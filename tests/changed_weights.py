@@ -247,6 +247,10 @@ CHANGES: Changes = {
     "a classifier": (_add("score.weight", 2, 32), "score.weight"),
     "a value head": (_add("v_head.summary.weight", 1, 32), "v_head.summary.weight"),
     "an old mask": (_add("model.layers.0.self_attn.masked_bias", 1), None),
+    "anything": (_add("model.surprise", 3), "model.surprise"),
+}
+# transformers loads these in silence, and computes NaN with most.
+NOT_FINITE: Changes = {
     "a NaN": (_break(QUERY, math.nan, 3, 5), f"tensor {QUERY} holds nan at [3, 5] (1 of its "),
     "an infinity": (
         _break("model.norm.weight", -math.inf, 7),
@@ -256,7 +260,6 @@ CHANGES: Changes = {
         _break(EMBEDDING, math.nan, SIZES["vocab_size"] - 1),
         f"tensor {EMBEDDING} holds nan at [60, 0] (32 of its 1,952 values",
     ),
-    "anything": (_add("model.surprise", 3), "model.surprise"),
 }
 ONLY_TIED: Changes = {
     "the embedding as output": (_copy_embedding, None),

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from tests.changed_weights import (
     CHANGES,
+    NOT_FINITE,
     NUM_LAYERS,
     ONLY_IN,
     ONLY_TIED,
@@ -152,7 +153,8 @@ def _try_all(folder: Path, singly: bool) -> list[Outcome]:
             source = make_family_checkpoint(
                 folder / f"{family}-{tied}", family, tied=tied, num_hidden_layers=NUM_LAYERS
             )
-            changes = {**CHANGES, **(ONLY_TIED if tied else ONLY_UNTIED), **ONLY_IN[family]}
+            of_output = ONLY_TIED if tied else ONLY_UNTIED
+            changes = {**CHANGES, **NOT_FINITE, **of_output, **ONLY_IN[family]}
             if not singly:
                 changes = _pairs(changes, 2 * number + tied, 25)
             outcomes += _try(changes, source, layout)

@@ -44,7 +44,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     has_file = (Path(path) / TOKENIZER_FILE).is_file()
     kind = _FileTokenizer if has_file else AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = _load_as(kind, path)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise ValueError(f"{path}: the tokenizer cannot be loaded: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -53,6 +53,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         tokenizer.split_special_tokens = False  # an option of another file
         _check_added_tokens(Path(path), tokenizer.get_vocab())
     return tokenizer
+
+
+def _load_as(kind: Any, path: str | Path) -> Any:
+    """A folder's tokenizer in this class; nothing is downloaded and no code of it runs."""
+    return kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
 
 
 def _check_added_tokens(path: Path, vocabulary: dict[str, int]) -> None:
@@ -257,9 +262,7 @@ def difference_in_transformers(path: Path, texts: Sequence[str] = ()) -> str | N
     """
     if not (path / TOKENIZER_FILE).is_file():
         return None
-    safe: Any = {"local_files_only": True, "trust_remote_code": False}
-    ours = load_tokenizer(path)
-    theirs = AutoTokenizer.from_pretrained(str(path), **safe)
+    ours, theirs = load_tokenizer(path), _load_as(AutoTokenizer, path)
     added = {*ours.get_added_vocab(), *theirs.get_added_vocab()}
     around_added = " ".join(f"the {token} of" for token in sorted(added))
     for text in (*PROBES, around_added, *texts):
@@ -270,7 +273,7 @@ def difference_in_transformers(path: Path, texts: Sequence[str] = ()) -> str | N
             "tokenizer_config.json, special_tokens_map.json or added_tokens.json adds tokens or "
             "changes them; take that out for both to agree"
         )
-        if _ids(PreTrainedTokenizerFast.from_pretrained(str(path), **safe), text) == expected:
+        if _ids(_load_as(PreTrainedTokenizerFast, path), text) == expected:
             advice = "there, load it by PreTrainedTokenizerFast.from_pretrained(...)"
         return (
             f"transformers' AutoTokenizer reads other ids from {path} than {TOKENIZER_FILE} says: "
