@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -22,6 +21,8 @@ from trb_megatron.distributed.layout import ParallelLayout
 from trb_megatron.distributed.pipeline import StageLink
 from trb_megatron.models.gpt import HiddenStateGPTModel
 from trb_megatron.models.kv_cache import PagedKVCache, PageTable, RaggedBatch
+from trb_megatron.models.layers import PackedSequences
+from trb_megatron.models.rotary import Rotation
 
 LossFunction = Callable[[Tensor, Microbatch], tuple[Tensor, dict[str, Tensor]]]
 """(gathered hidden states at the loss positions [N, H], microbatch) -> (loss sum, metrics)."""
@@ -77,15 +78,16 @@ class CachedModel:
 def forward_microbatch(model: Any, microbatch: Microbatch) -> Tensor:
     """The last stage's hidden states of a packed row, or what goes to the next stage."""
     tokens_1T, positions_1T = microbatch.tokens_T[None], microbatch.positions_T[None]
-    # Without Transformer Engine whoever reads them is on the host, three times a layer.
+    # Transformer Engine reads them on the GPU, our own attention on the host.
     device = tokens_1T.device if HAVE_TE else "cpu"
     cu_lengths = torch.tensor(microbatch.cu_lengths, dtype=torch.int32, device=device)
-    packing = PackedSeqParams(
+    packing = PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_lengths,
         cu_seqlens_kv=cu_lengths,
         max_seqlen_q=microbatch.max_length,
         max_seqlen_kv=microbatch.max_length,
+        rotation=Rotation(microbatch.positions_T),
     )
     return model(tokens_1T, positions_1T, None, packed_seq_params=packing)
 

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trb_megatron.models.rotary import Rotation
+
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -258,7 +260,12 @@ class PagedKVCache:
 
     Args:
         layer_numbers: of the layers on this pipeline stage, as they count in the model.
+
+    Attributes:
+        rotation: of the new tokens of the batch that was set last.
     """
+
+    rotation: Rotation
 
     def __init__(
         self, config: TransformerConfig, layer_numbers: range, page_table: PageTable
@@ -280,7 +287,6 @@ class PagedKVCache:
         self._head_2g = torch.arange(2 * groups, device=page_table.device)
         self.max_sequence_length = page_table.max_tokens
         self._batch: RaggedBatch | None = None
-        self._rotation: tuple[Tensor, Tensor] | None = None
 
     @property
     def batch(self) -> RaggedBatch:
@@ -289,7 +295,7 @@ class PagedKVCache:
 
     @batch.setter
     def batch(self, batch: RaggedBatch) -> None:
-        self._batch, self._rotation = batch, None
+        self._batch, self.rotation = batch, Rotation(batch.positions_N)
         num_heads = len(self._head_2g)
         page_row_N1 = batch.page_N[:, None] * num_heads + self._head_2g
         token_row_NH = page_row_N1 * batch.page_tokens + batch.offset_N[:, None]
@@ -302,26 +308,9 @@ class PagedKVCache:
         """Copy whole pages, in all layers."""
         self._pools[:, list(targets)] = self._pools[:, list(sources)]
 
-    def rotate(self, heads_N1ghd: Tensor, angles: Tensor) -> Tensor:
-        """Rotate queries and keys by each token's position; `angles` is [max_tokens, 1, 1, d].
-
-        The same as Megatron's `apply_rotary_pos_emb`, but the angles' cosines and sines are
-        computed once for all layers.
-        """
-        half = heads_N1ghd.shape[-1] // 2
-        if self._rotation is None:
-            angles_N111d = angles.index_select(0, self.batch.positions_N)[:, None]
-            sin_N111d = angles_N111d.sin()
-            sin_N111d[..., :half].neg_()
-            dtype = heads_N1ghd.dtype
-            self._rotation = angles_N111d.cos().to(dtype), sin_N111d.to(dtype)
-        cos_N111d, signed_sin_N111d = self._rotation
-        swapped_N1ghd = heads_N1ghd.roll(half, dims=-1)
-        return torch.addcmul(heads_N1ghd * cos_N111d, swapped_N1ghd, signed_sin_N111d)
-
-    def append(self, layer: int, keys_N1g1d: Tensor, values_N1g1d: Tensor) -> None:
+    def append(self, layer: int, keys_N1gd: Tensor, values_N1gd: Tensor) -> None:
         """Store keys and values of the new tokens, in the layer of this number in the model."""
-        rows = torch.cat((keys_N1g1d, values_N1g1d), dim=2).view(-1, keys_N1g1d.shape[-1])
+        rows = torch.cat((keys_N1gd, values_N1gd), dim=2).view(-1, keys_N1gd.shape[-1])
         self._token_rows[layer - self._first_layer].index_copy_(0, self._written_rows, rows)
 
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from trb_megatron.models.kv_cache import PagedKVCache
 from trb_megatron.models.paged_attention import paged_attention
+from trb_megatron.models.rotary import Rotation
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -118,8 +120,43 @@ class PagedTransformerLayer(TransformerLayer):
         return self.mlp.linear_fc2(F.silu(gate) * up)[0]
 
 
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Where packed sequences begin and end, and the rotation of their tokens."""
+
+    rotation: Rotation | None = None
+
+
 class PagedSelfAttention(SelfAttention):
-    """Megatron's self-attention, with another way in for tokens whose past is in a paged cache."""
+    """Megatron's self-attention for packed sequences, and for tokens with a paged cache."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Causal attention of each packed sequence within itself; [T, 1, H], and no bias.
+
+        `rotary_pos_emb` are the angles [max_tokens, 1, 1, d]. A sequence that is not packed takes
+        Megatron's own way.
+        """
+        if packed_seq_params is None:
+            return super().forward(
+                hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
+            )
+        assert packed_seq_params.rotation is not None and rotary_pos_emb is not None
+        heads = self._heads(hidden_states, packed_seq_params.rotation, rotary_pos_emb)
+        context = self.core_attention(
+            *(x.squeeze(1) for x in heads),
+            attention_mask,
+            attn_mask_type=self.attn_mask_type,
+            packed_seq_params=packed_seq_params,
+        )
+        return self.linear_proj(context.view(len(context), 1, -1))
 
     def attend(self, hidden_N1H: Tensor, cache: PagedKVCache, angles: Tensor) -> Tensor:
         """Store keys and values of new tokens, and attend to all that the cache holds; [N, 1, H].
@@ -127,11 +164,8 @@ class PagedSelfAttention(SelfAttention):
         Megatron's own call of flash-attention is used where it can read the pages. `angles` are
         the rotary embedding's, [max_tokens, 1, 1, d].
         """
-        query_key_N1ghd, value_N1g1d = self._query_key_value(hidden_N1H)
-        rotated_N1ghd = cache.rotate(query_key_N1ghd, angles)
-        query_N1grd, key_N1g1d = rotated_N1ghd.split((rotated_N1ghd.shape[3] - 1, 1), dim=3)
-        cache.append(self.layer_number, key_N1g1d, value_N1g1d)
-        query_N1hd = query_N1grd.flatten(2, 3)
+        query_N1hd, key_N1gd, value_N1gd = self._heads(hidden_N1H, cache.rotation, angles)
+        cache.append(self.layer_number, key_N1gd, value_N1gd)
         if flash_attention_version(query_N1hd.device, query_N1hd.dtype) is None:
             keys, values = cache.gather(self.layer_number)
             scale = self.hidden_size_per_attention_head**-0.5
@@ -140,6 +174,15 @@ class PagedSelfAttention(SelfAttention):
             context = self._flash_attention(query_N1hd, cache)
         output, _ = self.linear_proj(context.flatten(2))
         return output
+
+    def _heads(
+        self, hidden_N1H: Tensor, rotation: Rotation, angles: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [N, 1, h, d] and keys [N, 1, g, d], and values [N, 1, g, d]."""
+        query_key_N1ghd, value_N1g1d = self._query_key_value(hidden_N1H)
+        rotated_N1ghd = rotation(query_key_N1ghd, angles)
+        query_N1grd, key_N1g1d = rotated_N1ghd.split((rotated_N1ghd.shape[3] - 1, 1), dim=3)
+        return query_N1grd.flatten(2, 3), key_N1g1d.squeeze(3), value_N1g1d.squeeze(3)
 
     def _query_key_value(self, hidden_N1H: Tensor) -> tuple[Tensor, Tensor]:
         """Before the rotation: each group's queries and then its key [N, 1, g, h / g + 1, d], and
