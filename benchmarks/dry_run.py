@@ -18,11 +18,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from tests.published import QWEN3_1_7B, QWEN3_8B, QWEN3_14B, QWEN3_32B
 from trb_megatron.config.options import Config
 from trb_megatron.config.reading import load_config
 from trb_megatron.train import dry_run
@@ -30,35 +30,20 @@ from trb_megatron.train import dry_run
 WORLD_SIZES = (1, 8, 64, 512, 1024)
 TOKENIZER_SIZE = 151_669
 
-_QWEN3 = {
-    "model_type": "qwen3",
-    "vocab_size": 151_936,
-    "head_dim": 128,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 40_960,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "eos_token_id": 2,
+# Llama-3's shape with the student's tokenizer.
+_LLAMA_70B = QWEN3_8B | {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28_672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
 }
-
-
-def _qwen3(hidden: int, ffn: int, layers: int, heads: int, **values: Any) -> dict[str, Any]:
-    sizes = {
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
-    return _QWEN3 | sizes | values
-
-
 MODELS = {
-    "Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tie_word_embeddings=True, eos_token_id=0),
-    "Qwen3-8B": _qwen3(4096, 12_288, 36, 32),
-    "Qwen3-14B": _qwen3(5120, 17_408, 40, 40),
-    "Qwen3-32B": _qwen3(5120, 25_600, 64, 64),
-    # Llama-3's shape with the student's tokenizer.
-    "Llama-70B": _qwen3(8192, 28_672, 80, 64, model_type="llama"),
+    "Qwen3-1.7B": {**QWEN3_1_7B, "eos_token_id": 0},
+    "Qwen3-8B": {**QWEN3_8B, "eos_token_id": 2},
+    "Qwen3-14B": {**QWEN3_14B, "eos_token_id": 2},
+    "Qwen3-32B": {**QWEN3_32B, "eos_token_id": 2},
+    "Llama-70B": {**_LLAMA_70B, "eos_token_id": 2},
 }
 """`config.json` of each model, as published but for the ids of stop tokens."""
 

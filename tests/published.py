@@ -28,6 +28,13 @@ QWEN3_8B = QWEN3 | {
     "num_attention_heads": 32,
     "tie_word_embeddings": False,
 }
+QWEN3_14B = QWEN3 | {
+    "hidden_size": 5120,
+    "intermediate_size": 17_408,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "tie_word_embeddings": False,
+}
 QWEN3_32B = QWEN3 | {
     "hidden_size": 5120,
     "intermediate_size": 25_600,
