@@ -14,7 +14,7 @@ from trb_megatron.huggingface.tokenizer import load_tokenizer
 from trb_megatron.run.template_date import with_template_date
 
 DATED = "{{ strftime_now('%d%m%Y') }}={{ messages[0]['content'] }}"
-EAST, WEST = "XXX-14", "XXX+12"  # clocks that never show the same date
+EAST, WEST = "EAST-14", "WEST+12"  # clocks that never show the same date
 SAID = re.compile(r"the chat template prints the date (\S+) \(data\.template_date\)\n")
 
 
