@@ -24,8 +24,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
+from benchmarks.random_models import random_qwen3
 from trb_megatron.config.plain_yaml import dump_yaml
 
 TRL = "trl==1.16.0"
@@ -89,23 +90,17 @@ def write_models(folder: Path, vocab_size: int) -> None:
         tokenizer_object=words_alone, eos_token="<eos>", pad_token="<pad>"
     )
     for name, layers, width in (("student", 4, 128), ("teacher", 8, 256)):
-        torch.manual_seed(layers)
-        config = Qwen3Config(
+        model: Any = random_qwen3(
             vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=width // 4,
+            layers=layers,
+            width=width,
+            seed=layers,
             max_position_embeddings=512,
             tie_word_embeddings=True,
             eos_token_id=EOS,
             pad_token_id=PAD,
         )
-        model = Qwen3ForCausalLM(config)
-        model.model.embed_tokens.weight.data.normal_(0, 2 / width**0.5)
-        model.model.embed_tokens.weight.data[EOS] = 0
+        model.get_output_embeddings().weight.data[EOS] = 0
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     rng = random.Random(0)

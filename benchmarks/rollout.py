@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.random_models import random_qwen3
 from benchmarks.same_tokens import build_requests
 from trb_megatron.behavior.stop_alignment import StopAlignment
 from trb_megatron.config.options import ParallelConfig, RolloutConfig
@@ -96,22 +97,14 @@ def build_random_model(
     folder: Path, layout: ParallelLayout, *, layers: int, width: int, seed: int
 ) -> torch.nn.Module:
     """A random Qwen3 model, saved by rank 0 of transformers' class and loaded as ours."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen3Config(
+    model: Any = random_qwen3(
         vocab_size=VOCAB_SIZE,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=width // 4,
+        layers=layers,
+        width=width,
+        seed=seed,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
-    model = Qwen3ForCausalLM(config)
-    model.lm_head.weight.data.normal_(0, 2.0 / width**0.5)  # logits of standard deviation 2
     model.save_pretrained(folder)  # on rank 0, says transformers
     torch.distributed.barrier()
     return load_model(folder, layout)

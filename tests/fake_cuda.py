@@ -131,16 +131,15 @@ def _move(
 ) -> torch.nn.Module:
     """`Module.to`, which cannot exchange a parameter's data for a fake."""
     for part in module.modules():
-        for name, param in part._parameters.items():
-            if param is not None and (param.device, param.dtype) != (device, dtype):
+        for name, param in list(part.named_parameters(recurse=False)):
+            if (param.device, param.dtype) != (device, dtype):
                 moved = torch.nn.Parameter(
                     param.detach().to(device=device, dtype=dtype), param.requires_grad
                 )
                 moved.__dict__.update(param.__dict__)
-                part._parameters[name] = moved
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = buffer.to(device)
+                setattr(part, name, moved)
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, buffer.to(device))
     return module
 
 

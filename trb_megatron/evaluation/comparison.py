@@ -33,8 +33,6 @@ from trb_megatron.evaluation.notation import (
 from trb_megatron.evaluation.quantities import TEXT, as_text, rewrite_quantity
 
 _LONGEST = 2000  # characters of an answer that rules look at; math-verify alone gets longer ones
-
-
 _BOLD = re.compile(r"(?<!\w)\*\*(.+?)\*\*(?!\w)")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class PagedTransformerLayer(TransformerLayer):
 class PackedSequences(PackedSeqParams):
     """Where packed sequences begin and end, and the rotation of their tokens."""
 
-    rotation: Rotation | None = None
+    rotation: Rotation = field(kw_only=True)
 
 
 class PagedSelfAttention(SelfAttention):
@@ -148,7 +148,7 @@ class PagedSelfAttention(SelfAttention):
             return super().forward(
                 hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
             )
-        assert packed_seq_params.rotation is not None and rotary_pos_emb is not None
+        assert rotary_pos_emb is not None
         heads = self._heads(hidden_states, packed_seq_params.rotation, rotary_pos_emb)
         context = self.core_attention(
             *(x.squeeze(1) for x in heads),
